@@ -1,0 +1,282 @@
+"""What a run is: one tree of frozen dataclasses, and nothing but the standard library.
+
+A recipe (`bevt.recipes`) returns a `Config`; the command line overrides single keys of it; a checkpoint stores it as
+plain data. `from_dict` is strict: a key that does not exist is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Impl = Literal["auto", "reference", "native", "triton"]
+
+
+class UserError(ValueError):
+    """Something that the person who gave the command can mend; the message says what, where and how."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the key and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Video Swin encoder and the two streams around it (paper section 3; spec in `bevt/models`)."""
+
+    embed_dim: int = 128
+    """Channels C of the first stage; stage i has C * 2**i."""
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks in each stage."""
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Attention heads in each stage; C / heads is the head dimension."""
+    window_size: tuple[int, int, int] = (8, 7, 7)
+    """Attention window in tokens (time, height, width); clipped to the map where the map is smaller."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the block's width."""
+    drop_path: float = 0.3
+    """Stochastic depth of the last block; it rises linearly from 0 at the first."""
+    quirks: Literal["clean", "official"] = "clean"
+    """`official` repeats three accidents of the official code (see `bevt/models/video_swin.py`)."""
+    attention_impl: Impl = "auto"
+    """Implementation of `bevt_kernels.window_attention`."""
+    loss_impl: Impl = "auto"
+    """Implementation of `bevt_kernels.masked_linear_cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The frozen tokenizer whose codes are the targets."""
+
+    kind: Literal["dalle", "vq"] = "dalle"
+    """`dalle`: the published dVAE encoder, 8192 codes. `vq`: one trained by `bevt tokenizer fit`."""
+    path: str = ""
+    """Weights: `encoder.pkl` or `.safetensors` for `dalle`; the `.safetensors` that `bevt tokenizer fit` wrote for `vq`."""
+    impl: Impl = "auto"
+    """Implementation of `bevt_kernels.linear_argmax`."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """One stream's mask on the token grid (paper section 3.2 and Table 9)."""
+
+    kind: Literal["block", "tube", "random_3d", "frame_diff", "random_frame"] = "tube"
+    """`block` is the image stream's; the others are the video stream's."""
+    ratio: float = 0.5
+    """Most patches that one frame's block mask covers, over the patches of a frame (98 of 196)."""
+    min_block: int = 16
+    """Fewest patches of one block."""
+    min_aspect: float = 0.3
+    """Least height over width of a block; the largest is its inverse."""
+    tube: tuple[float, float] = (0.5, 1.0)
+    """Shortest and longest tube, over the depth of the token grid."""
+    wrap: bool = False
+    """Let a tube that runs over the end continue at the first frame, as the official code does."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are cut (spec: BEVT's joint stage)."""
+
+    clips: str = ""
+    """Folder of videos, or a manifest written by `bevt data index`; empty: no video stream."""
+    images: str = ""
+    """Folder of images, or a manifest; empty: no image stream."""
+    val_clips: str = ""
+    """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
+    val_images: str = ""
+    """Held-out images, likewise."""
+    frames: int = 16
+    """Frames in a clip."""
+    stride: int = 8
+    """Source frames from one frame of the clip to the next; a source that is too short loops."""
+    short_side: tuple[int, int] = (256, 320)
+    """The short side is resized (bicubic) to a length drawn uniformly from this range, in pixels."""
+    crop: int = 224
+    """Side of the square random crop, in pixels; a multiple of 32."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.4
+    """Image stream only: brightness, contrast and saturation factors are drawn from 1 - jitter .. 1 + jitter."""
+    backend: Literal["auto", "pyav"] = "auto"
+    """Decoder of videos."""
+    workers: int = 4
+    """Decoding processes; 0 decodes in the training process. The samples do not depend on it."""
+    prefetch: int = 2
+    """Micro-batches each worker keeps ready."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-4
+    """Peak learning rate; flat, not scaled by the batch."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on norms and bias tables."""
+    clip_grad: float = 3.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    epochs: float = 150.0
+    """Length of the run in passes over the clips (over the images where there is no video stream)."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up, in epochs."""
+    warmup_factor: float = 0.1
+    """The warm-up starts at this share of `lr`."""
+    max_steps: int = 0
+    """Where above 0: the run's length in optimizer steps, in place of `epochs`; the warm-up keeps its share."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Batches, precision, and what is written when."""
+
+    clips: int = 256
+    """Clips in one optimizer step over all devices; 0: no video stream."""
+    images: int = 2048
+    """Images in one optimizer step over all devices; 0: no image stream."""
+    micro_clips: int = 8
+    """Clips in one forward pass of one device; accumulation follows from it and from the number of devices."""
+    micro_images: int = 64
+    """Images in one forward pass of one device."""
+    loss_weight: float = 1.0
+    """Lambda: weight of the video stream's loss against the image stream's."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the matrix products (autocast); parameters and optimizer stay float32."""
+    seed: int = 0
+    """Everything random in the run follows from it and the step."""
+    log_every: int = 20
+    """Steps between two rows of metrics."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; one is always written at the end and on SIGTERM."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    threads: int = 0
+    """CPU threads of the training process; 0 leaves PyTorch's choice."""
+    eval_clips: int = 64
+    """Held-out clips scored at the end (0: none)."""
+    eval_images: int = 256
+    """Held-out images scored at the end (0: none)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    recipe: str = "custom"
+    """Name of the recipe this came from."""
+    init: str = ""
+    """Checkpoint whose weights start the run: an image-stage or joint-stage checkpoint of this project; empty: random."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    clip_mask: MaskConfig = field(default_factory=MaskConfig)
+    image_mask: MaskConfig = field(default_factory=lambda: MaskConfig(kind="block"))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain data (dicts, lists, strings, numbers), for checkpoints and JSON."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            out[f.name] = to_dict(value)
+        else:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(data: dict[str, Any], cls: type = Config, where: str = "") -> Any:
+    """Inverse of `to_dict`. Raises ConfigError on a key that does not exist (naming the nearest) or a wrong type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    kwargs = {}
+    for key, value in data.items():
+        if key not in names:
+            raise ConfigError(
+                f"no key {where + key!r} in the configuration; the nearest is {where + nearest(key, names)!r}"
+            )
+        kwargs[key] = _coerce(value, hints[key], where + key)
+    return cls(**kwargs)
+
+
+def keys(cls: type, where: str = "") -> list[str]:
+    """Dotted names of all keys of a configuration class, in order."""
+    hints = typing.get_type_hints(cls)
+    out = []
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        out += keys(hint, f"{where}{f.name}.") if dataclasses.is_dataclass(hint) else [where + f.name]
+    return out
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """The one of `names` most like `name`, for error messages."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint` of the field `where`, or a ConfigError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a group of keys, got {value!r}")
+        return from_dict(value, typing.cast(type, hint), where + ".")
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise ConfigError(f"{where} must be a list like {hint}, got {value!r}")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        return tuple(_coerce(v, t, f"{where}[{i}]") for i, (v, t) in enumerate(zip(value, inner)))
+    if origin in (typing.Union, types.UnionType):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where the configuration cannot be run, naming the key. Touches no file."""
+    m, d, t, o = config.model, config.data, config.train, config.optim
+    if not len(m.depths) == len(m.num_heads) == 4:
+        raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
+    for i, heads in enumerate(m.num_heads):
+        if (m.embed_dim << i) % heads:
+            raise ConfigError(f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}")
+    if d.crop % 32 or d.crop <= 0:
+        raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
+    if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
+        raise ConfigError(f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}")
+    if d.frames <= 0 or d.frames % 2:
+        raise ConfigError(f"data.frames must be even and above 0 (a token spans two frames), got {d.frames}")
+    if t.clips < 0 or t.images < 0 or t.clips + t.images == 0:
+        raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
+    if t.clips and not d.clips:
+        raise ConfigError("data.clips is empty but train.clips is not 0: name a folder of videos, or set train.clips to 0")
+    if t.images and not d.images:
+        raise ConfigError("data.images is empty but train.images is not 0: name a folder of images, or set train.images to 0")
+    if t.images and config.image_mask.kind != "block":
+        raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
+    if t.clips and config.clip_mask.kind == "block":
+        raise ConfigError("clip_mask.kind 'block' is the image stream's; use 'tube' or one of Table 9's")
+    for name, mask in (("clip_mask", config.clip_mask), ("image_mask", config.image_mask)):
+        if not 0 < mask.ratio <= 1:
+            raise ConfigError(f"{name}.ratio must lie in (0, 1], got {mask.ratio}")
+        if not 0 < mask.tube[0] <= mask.tube[1] <= 1:
+            raise ConfigError(f"{name}.tube must be a range inside (0, 1], got {mask.tube}")
+    if o.lr <= 0 or (o.epochs <= 0 and o.max_steps <= 0):
+        raise ConfigError(f"optim.lr and optim.epochs (or optim.max_steps) must be above 0, got {o.lr}, {o.epochs}, {o.max_steps}")

@@ -1,0 +1,191 @@
+"""BEVT's two-stream masked model (paper section 3; official `swin_transformer_bevt.py` and `bevt_multisource_head.py`).
+
+Shape letters: B clips, M images, T frames, D = T / 2, H W of the first stage's map in tokens (pixels / 4), h w the token
+grid of the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
+
+Both streams share the encoder, the mask token, the last LayerNorm and the head; the patch embeddings and the decoders
+are their own. Everything outside the encoder is linear. Only masked positions reach the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from bevt_kernels import Spec, masked_linear_cross_entropy, resolve
+from einops import rearrange
+from torch import Tensor, nn
+
+from bevt.config import ModelConfig
+from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
+
+Stream = Literal["clips", "images"]
+
+CELL = 4
+"""Tokens of the first stage along one side of a target position (16 pixels)."""
+
+
+@dataclass(frozen=True)
+class MaskedInput:
+    """One stream of a micro-batch, on the model's device."""
+
+    pixels: Tensor
+    """Clips (B, 3, T, 4H, 4W) or images (M, 3, 4H, 4W), normalised."""
+    mask: Tensor
+    """Clips (B, D, h, w) or images (M, h, w) bool, True = hidden."""
+    codes: Tensor
+    """Clips (B, T, h, w) or images (M, h, w) int64: the tokenizer's codes."""
+    slots: int
+    """Capacity for masked positions over the whole micro-batch, at least as many as are masked; static."""
+
+
+def masked_slots(mask: Tensor, slots: int) -> Tensor:
+    """Indices of the True elements of `mask` (any shape, flattened) in order, in a fixed number of slots; -1 = unused.
+
+    No host sync: the slot of an element is the count of True elements before it. Elements past the capacity are lost,
+    so the caller gives the largest number that its masks can reach (`bevt.masking.capacity`).
+    """
+    flat = mask.flatten()
+    slot = torch.where(flat, flat.cumsum(0) - 1, slots).clamp_(max=slots)
+    index = torch.full((slots + 1,), -1, dtype=torch.int64, device=mask.device)
+    return index.scatter_(0, slot, torch.arange(flat.numel(), device=mask.device))[:slots]
+
+
+class PatchExpand(nn.ConvTranspose3d):
+    """Transposed convolution whose kernel is its stride, as the linear map of one token that it is.
+
+    Parameters are `nn.ConvTranspose3d`'s (or, with `planar`, `nn.ConvTranspose2d`'s, the official image decoder's).
+    """
+
+    def __init__(self, dim: int, factor: tuple[int, int, int], *, planar: bool = False) -> None:
+        super().__init__(dim, dim, factor, stride=factor)
+        self.factor = factor
+        if planar:
+            self.weight = nn.Parameter(self.weight.detach().squeeze(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, D, H, W, C) -> (B, D * fd, H * fh, W * fw, C)."""
+        fd, fh, fw = self.factor
+        x = torch.matmul(x, self.weight.flatten(1))
+        x = rearrange(x, "b d h w (c fd fh fw) -> b (d fd) (h fh) (w fw) c", fd=fd, fh=fh, fw=fw)
+        return x + self.bias.to(x.dtype)
+
+
+class ImageDecoder(nn.Module):
+    """Stage 4 upsampled to stage 3's map, both concatenated and mixed."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = PatchExpand(dim, (1, 2, 2), planar=True)
+        self.fuse = nn.Linear(dim // 2 + dim, dim)
+
+    def forward(self, x3: Tensor, x4: Tensor) -> Tensor:
+        """(M, 1, h, w, 4C), (M, 1, h/2, w/2, 8C) -> (M, 1, h, w, 8C)."""
+        return self.fuse(torch.cat([x3, self.up(x4)], dim=-1))
+
+
+class VideoDecoder(nn.Module):
+    """The image decoder's form, then every depth step to the two frames under it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = PatchExpand(dim, (1, 2, 2))
+        self.fuse = nn.Linear(dim // 2 + dim, dim)
+        self.frames = PatchExpand(dim, (PATCH[0], 1, 1))
+
+    def forward(self, x3: Tensor, x4: Tensor) -> Tensor:
+        """(B, D, h, w, 4C), (B, D, h/2, w/2, 8C) -> (B, T, h, w, 8C)."""
+        return self.frames(self.fuse(torch.cat([x3, self.up(x4)], dim=-1)))
+
+
+class BEVT(nn.Module):
+    """Masked token prediction on clips, on images, or on both with one encoder.
+
+    `streams` says which parts exist, so that a run of one stream has no idle parameters. `device` and `dtype` are those
+    that the forward pass will run on and in: the ops' implementations are resolved for them once, here, into
+    `implementations`. Raises `bevt_kernels.NoImplementation` where one that the configuration names cannot serve.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        streams: Sequence[Stream] = ("clips", "images"),
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not streams or not set(streams) <= {"clips", "images"}:
+            raise ValueError(f"streams must name 'clips', 'images' or both, got {tuple(streams)}")
+        spec = Spec(torch.device(device).type, dtype, needs_grad=True)
+        window = spec._replace(window=config.window_size, head_dim=config.embed_dim // config.num_heads[0])
+        self.implementations = {
+            "window_attention": resolve("window_attention", config.attention_impl, window),
+            "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
+        }
+        config = replace(config, attention_impl=self.implementations["window_attention"])
+        dim = config.embed_dim * 8
+        self.vocab_size, self.streams = vocab_size, tuple(streams)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        # Modules in the order of the forward pass: a diagnosis by parameter order (bevt.train.step) relies on it.
+        if "clips" in streams:
+            self.patch_embed = PatchEmbed(PATCH, config.embed_dim)
+        if "images" in streams:
+            self.patch_embed_2d = PatchEmbed(PATCH[1:], config.embed_dim)
+        self.encoder = VideoSwin(config)
+        if "clips" in streams:
+            self.video_decoder = VideoDecoder(dim)
+        if "images" in streams:
+            self.image_decoder = ImageDecoder(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Features that the head reads: clips (B, T, h, w, 8C), images (M, h, w, 8C). Arguments as in `MaskedInput`.
+
+        Raises ValueError where the mask's grid is not the pixels' (T/2, H/16, W/16).
+        """
+        clips = stream == "clips"
+        if not clips:
+            mask = mask.unsqueeze(1)
+        x = (self.patch_embed if clips else self.patch_embed_2d)(pixels)
+        grid = (x.shape[1], x.shape[2] // CELL, x.shape[3] // CELL)
+        if tuple(mask.shape) != (x.shape[0], *grid):
+            raise ValueError(
+                f"{stream}: the mask is {tuple(mask.shape)}, but pixels {tuple(pixels.shape)} have the token grid "
+                f"{(x.shape[0], *grid)} (batch, depth, height / 16, width / 16)"
+            )
+        hidden = mask.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3).unsqueeze(-1)
+        x = torch.where(hidden, self.mask_token.to(x.dtype), x)
+        *_, x3, x4 = self.encoder(x)
+        x = self.norm((self.video_decoder if clips else self.image_decoder)(x3, x4))
+        return x if clips else x.squeeze(1)
+
+    def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats over the masked positions of the micro-batch, and their top-1 accuracy (scalars)."""
+        features = self.decode(stream, inputs.pixels, inputs.mask)
+        mask = inputs.mask.repeat_interleave(PATCH[0], dim=1) if stream == "clips" else inputs.mask
+        index = masked_slots(mask, inputs.slots)
+        targets = inputs.codes.flatten()[index.clamp(min=0)]
+        impl = self.implementations["masked_linear_cross_entropy"]
+        return masked_linear_cross_entropy(
+            features.flatten(0, -2), self.head.weight, self.head.bias, targets, index, impl=impl
+        )
+
+    def forward(self, clips: MaskedInput | None = None, images: MaskedInput | None = None) -> dict[str, Tensor]:
+        """`loss_clips`, `accuracy_clips`, `loss_images`, `accuracy_images` of the streams given, as device scalars."""
+        out = {}
+        for stream, inputs in (("clips", clips), ("images", images)):
+            if inputs is not None:
+                out[f"loss_{stream}"], out[f"accuracy_{stream}"] = self.stream_loss(stream, inputs)  # type: ignore[arg-type]
+        return out
+
+    def predict(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Most likely code of every position, int64: clips (B, T, h, w), images (M, h, w). For pictures and evaluation."""
+        with torch.no_grad():
+            return self.head(self.decode(stream, pixels, mask)).argmax(-1)

@@ -1,0 +1,16 @@
+"""Runs with a name. A recipe is a function that returns a `Config`; its docstring says command, cost and expected result.
+
+Data and tokenizer paths are the user's: a recipe leaves them empty and the command line gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bevt.config import Config
+from bevt.recipes.demo import demo_image_stage, demo_joint_stage
+from bevt.recipes.pretrain import image_only, image_stage, joint_stage, video_only
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    f.__name__: f for f in (image_stage, joint_stage, video_only, image_only, demo_image_stage, demo_joint_stage)
+}

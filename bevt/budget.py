@@ -1,0 +1,255 @@
+"""What a recipe costs: the real modules are run on fake tensors, their products and saved tensors are counted.
+
+Multiply-adds are those of matrix products and convolutions (`torch.utils.flop_counter`, the project's ops by their own formulas);
+forward + backward is three times the forward for all that is trained, the tokenizer runs forward only. Memory is counted
+for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor that autograd
+keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bevt import masking
+from bevt.config import Config, ConfigError, MaskConfig
+from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
+from bevt.train.optim import total_steps
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of the budget."""
+
+    name: str
+    """Indented: part of the row above that is not."""
+    parameters: int
+    clip_gmac: float
+    """Forward, one clip, in 10**9 multiply-adds."""
+    image_gmac: float
+    backward: bool = True
+    """Whether it is trained (three times the forward) or runs forward only."""
+
+    def step_flop(self, clips: int, images: int) -> float:
+        """Floating-point operations of one optimizer step over all devices."""
+        return 2e9 * (3 if self.backward else 1) * (clips * self.clip_gmac + images * self.image_gmac)
+
+
+def components(config: Config) -> list[Component]:
+    """Tokenizer, encoder by kind of product, decoders and head, for a clip and an image of the recipe's size."""
+    vocab_size, tokenizer = _tokenizer(config)
+    view = config.data.crop // 2
+    with FakeTensorMode():
+        model = _model(config, vocab_size)
+        counts = {s: _count(model, s, _inputs(config, s)) for s in model.streams}
+        frame = _gmac(_fake(tokenizer), torch.empty(1, 3, view, view))
+    rows = [
+        Component(
+            f"tokenizer ({config.tokenizer.kind})",
+            _size(tokenizer),
+            frame * config.data.frames * bool(config.train.clips),
+            frame * bool(config.train.images),
+            backward=False,
+        )
+    ]
+    modules_of = {
+        "patch embedding": ("patch_embed", "patch_embed_2d"),
+        "encoder": ("encoder",),
+        "  projections": (),
+        "  attention": (),
+        "  MLP": (),
+        "  merging": (),
+        "decoders": ("video_decoder", "image_decoder", "norm"),
+        "head, masked positions": ("head",),
+    }
+    for name, modules in modules_of.items():
+        size = sum(_size(getattr(model, m)) for m in modules if hasattr(model, m))
+        clip, image = (counts.get(s, {}).get(name, 0.0) for s in ("clips", "images"))
+        rows.append(Component(name, size, clip, image))
+    return rows
+
+
+def activation_bytes(config: Config) -> int:
+    """Bytes that autograd keeps between forward and backward of one micro-batch, under the recipe's precision."""
+    t = config.train
+    counts: dict[Stream, int] = {"clips": t.micro_clips if t.clips else 0, "images": t.micro_images if t.images else 0}
+    total = 0
+    vocab_size, _ = _tokenizer(config)
+    with FakeTensorMode():
+        model = _model(config, vocab_size)
+        for stream, count in counts.items():
+            if count:
+                total += count * _saved_bytes(model, stream, _inputs(config, stream), t.precision)
+    return total
+
+
+def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
+    """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch."""
+    if gpus < 1 or flops <= 0 or not 0 < efficiency <= 1:
+        raise ConfigError(f"--gpus, --tflops and --efficiency (0..1) must be above 0, got {gpus}, {flops / 1e12}, {efficiency}")
+    t = config.train
+    rows = components(config)
+    whole = [row for row in rows if not row.name.startswith(" ")]
+    step = sum(row.step_flop(t.clips, t.images) for row in whole)
+    table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
+    for column in ("", "parameters, M", "GMAC a clip", "GMAC an image", "TFLOP a step", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        flop = row.step_flop(t.clips, t.images)
+        part = row.name.startswith(" ")
+        table.add_row(
+            row.name,
+            "" if part else f"{row.parameters / 1e6:.2f}",
+            f"{row.clip_gmac:.2f}",
+            f"{row.image_gmac:.2f}",
+            f"{flop / 1e12:.1f}",
+            f"{100 * flop / step:.0f} %",
+            style="dim" if part else None,
+        )
+    table.add_section()
+    table.add_row(
+        "sum",
+        f"{sum(row.parameters for row in whole) / 1e6:.2f}",
+        f"{sum(row.clip_gmac for row in whole):.2f}",
+        f"{sum(row.image_gmac for row in whole):.2f}",
+        f"{step / 1e12:.1f}",
+        "100 %",
+    )
+    trained = sum(row.parameters for row in whole if row.backward)
+    steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
+    seconds = steps * step / (gpus * flops * efficiency)
+    saved = activation_bytes(config)
+    per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
+    console = Console(file=io.StringIO(), width=110, highlight=False)
+    console.print(table)
+    console.print(
+        f"one device: weights, gradients, AdamW {16 * trained / 2**30:.2f} GiB; kept for the backward pass "
+        f"{saved / 2**30:.2f} GiB (micro-batch of {t.micro_clips if t.clips else 0} clips + {t.micro_images if t.images else 0} "
+        f"images, {t.precision}); about {math.ceil(per_device)} micro-batches a step on {gpus} devices\n"
+        f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
+        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted from products; the efficiency is an assumption)"
+    )
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _tokenizer(config: Config) -> tuple[int, nn.Module]:
+    """Vocabulary and module of the recipe's tokenizer: the published DALL-E sizes, or the fitted file's own."""
+    if config.tokenizer.kind == "dalle":
+        from bevt.tokenizers.dalle import DalleEncoder
+
+        with torch.device("meta"):
+            return 8192, DalleEncoder()
+    from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+
+    if config.tokenizer.path:
+        vq = VQTokenizer.load(config.tokenizer.path).model.config
+    else:
+        vq = VQConfig()
+    with torch.device("meta"):
+        return vq.vocab_size, VQModel(vq).encoder
+
+
+def _model(config: Config, vocab_size: int) -> BEVT:
+    """The recipe's model in fake tensors: made on "meta" (initialisation looks at values), then moved to a fake CPU."""
+    streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]  # type: ignore[misc]
+    with torch.device("meta"):
+        model = BEVT(replace(config.model, attention_impl="reference", loss_impl="reference"), vocab_size, streams)
+    _fake(model)
+    return model
+
+
+def _fake(module: nn.Module) -> nn.Module:
+    """`module` with new parameters of the current fake mode on the CPU (`to_empty` cannot swap fake ones in)."""
+    for child in module.modules():
+        for name, p in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(torch.empty(p.shape)))
+    return module
+
+
+def _inputs(config: Config, stream: Stream) -> MaskedInput:
+    """One clip or image of the recipe's size, with as many slots as a mask covers on average."""
+    d, side = config.data, config.data.crop // 16
+    if stream == "images":
+        slots = _masked(config.image_mask, (1, side, side))
+        mask, codes = (torch.empty(1, side, side, dtype=t) for t in (torch.bool, torch.int64))
+        return MaskedInput(torch.empty(1, 3, d.crop, d.crop), mask, codes, slots)
+    depth = d.frames // PATCH[0]
+    slots = PATCH[0] * _masked(config.clip_mask, (depth, side, side))
+    mask = torch.empty(1, depth, side, side, dtype=torch.bool)
+    codes = torch.empty(1, d.frames, side, side, dtype=torch.int64)
+    return MaskedInput(torch.empty(1, 3, d.frames, d.crop, d.crop), mask, codes, slots)
+
+
+def _masked(config: MaskConfig, grid: tuple[int, int, int]) -> int:
+    """Positions of the token grid that a mask covers on average, over 1024 draws."""
+    return round(masking.generate(config, np.arange(1024), grid).sum() / 1024)
+
+
+def _count(model: BEVT, stream: Stream, inputs: MaskedInput) -> dict[str, float]:
+    """GMAC of one forward pass by component."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(**{stream: inputs})
+    flops = counter.get_flop_counts()
+    total = sum(flops["Global"].values())
+    ops = {str(op): n for op, n in flops["Global"].items()}
+
+    def module(*suffixes: str) -> float:
+        return sum(sum(v.values()) for k, v in flops.items() if k.endswith(suffixes))
+
+    head = sum(n for op, n in ops.items() if "masked_linear_cross_entropy" in op)
+    attention = sum(n for op, n in ops.items() if "window_attention" in op)
+    encoder = module("BEVT.encoder")
+    embed = module("BEVT.patch_embed", "BEVT.patch_embed_2d")
+    mlp, merging, attn = module(".mlp"), module(".downsample"), module(".attn")
+    parts = {
+        "patch embedding": embed,
+        "encoder": encoder,
+        "decoders": total - encoder - embed - head,
+        "head, masked positions": head,
+        "  projections": attn - attention,
+        "  attention": attention,
+        "  MLP": mlp,
+        "  merging": merging,
+    }
+    return {name: n / 2e9 for name, n in parts.items()}
+
+
+def _gmac(module: nn.Module, x: Tensor) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        module(x)
+    return counter.get_total_flops() / 2e9
+
+
+def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: str) -> int:
+    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, int] = {}
+    kept = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+            kept.append(x)  # alive, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            out = model(**{stream: inputs})
+    del out
+    return sum(seen.values())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,306 @@
+"""The command line: `bevt COMMAND --help` says what each one takes.
+
+A mistake of the user's (a wrong key, a missing folder, a file that cannot be read) is one message and exit status 2, never a
+traceback; a traceback is a defect of this program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from bevt.config import Config, ConfigError, DataConfig, TrainConfig, UserError, keys, nearest
+
+if TYPE_CHECKING:
+    from bevt.data.manifest import Manifest
+
+T = TypeVar("T")
+
+USAGE = """usage: bevt COMMAND ...
+
+  demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
+  pretrain RECIPE         run a pretraining recipe: {recipes}
+  tokenizer fit           train a VQ tokenizer on your own images or clips
+  data index SOURCE       probe every file of a folder or list into a manifest
+  data check SOURCE       say what is wrong with the files, and what to do
+  budget RECIPE           multiply-adds, parameters, memory and hours of a recipe
+  doctor                  what this installation can do, and what is missing
+
+bevt COMMAND --help says more.
+"""
+
+
+@dataclass(frozen=True)
+class PretrainArgs:
+    """Run a recipe. Every key of its configuration can be overridden."""
+
+    out: Path
+    """Folder of the run: configuration, metrics, checkpoints, pictures."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    resume: bool = False
+    """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
+
+
+@dataclass(frozen=True)
+class DemoArgs:
+    """Pretrain BEVT on the embedded dataset: render and encode it, fit a tokenizer, image stage, joint stage, pictures.
+
+    Exit status 0: both streams beat what the token frequencies alone would give, as the README states.
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder of the demo; one that an earlier demo left is continued."""
+    seed: int = 0
+    """Seed of tokenizer and both stages."""
+
+
+@dataclass(frozen=True)
+class TokenizerFitArgs:
+    """Train a VQ tokenizer (an encoder, a codebook, a decoder for pictures) on your own frames."""
+
+    out: Path
+    """File to write, `.safetensors`; give it to a recipe as --tokenizer.kind vq --tokenizer.path FILE."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where frames come from; clips, images or both."""
+    vocab_size: int = 8192
+    """Codes."""
+    code_dim: int = 32
+    """Numbers in a code."""
+    width: int = 128
+    """Channels after the first convolution; doubled by each of the next two."""
+    steps: int = 20000
+    """Training steps."""
+    batch: int = 64
+    """Frames in a step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Everything random in the fit follows from it."""
+
+
+@dataclass(frozen=True)
+class DataIndexArgs:
+    """Probe every file once and keep what was found in a manifest; unchanged files are not probed again."""
+
+    source: tyro.conf.Positional[str]
+    """Folder (all levels) or list file (`path label` lines) of videos or images."""
+    kind: Literal["auto", "clips", "images"] = "auto"
+    """`clips` are videos; `auto`: what the source holds more of."""
+    out: Path | None = None
+    """Where the manifest goes; default: hidden, inside the folder, where pretraining finds it again."""
+
+
+@dataclass(frozen=True)
+class DataCheckArgs:
+    """Say what is wrong with a source's files, and what to do. Exit status 1 where a file cannot be used."""
+
+    source: tyro.conf.Positional[str]
+    """Folder (all levels), list file (`path label` lines), or manifest (.jsonl)."""
+    kind: Literal["auto", "clips", "images"] = "auto"
+    """`clips` are videos; `auto`: what the source holds more of."""
+    span: int = 121
+    """Source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted."""
+
+
+@dataclass(frozen=True)
+class BudgetArgs:
+    """What a recipe costs, component by component. Counted, not measured, but for the efficiency you give."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    gpus: int = 8
+    """Devices."""
+    tflops: float = 790.0
+    """Matrix-product rate of one device, TFLOP/s; 790: bf16 measured on an H200."""
+    efficiency: float = 0.4
+    """Share of that rate that the whole step reaches."""
+    clips: int = 240000
+    """Training clips in one epoch (Kinetics-400: 240,000)."""
+    images: int = 1281167
+    """Training images in one epoch (ImageNet-1K: 1,281,167)."""
+
+
+def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Arguments as `args_type`; a flag that does not exist is an error that names the nearest one."""
+    flags = {"--" + key.removeprefix("config.").replace("_", "-") for key in keys(args_type)} | {"--help"}
+    flags |= {flag.replace("--", "--no-", 1) for flag in flags}
+    for word in argv:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            raise ConfigError(f"no option {flag}; the nearest is {nearest(flag, sorted(flags))}")
+    return tyro.cli(args_type, args=list(argv), prog=prog, default=default)
+
+
+def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
+    """The recipe that the first argument names, and the other arguments."""
+    from bevt.recipes import RECIPES
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: bevt {command} RECIPE --help | --KEY VALUE ...\n\nrecipes:")
+        for name, recipe in RECIPES.items():
+            print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in RECIPES:
+        near = nearest(argv[0], RECIPES)
+        raise ConfigError(f"no recipe {argv[0]!r}; the nearest is {near!r}, and there are {', '.join(RECIPES)}")
+    return RECIPES[argv[0]](), argv[1:]
+
+
+def _pretrain(argv: list[str]) -> int:
+    default, rest = _recipe(argv, "pretrain")
+    args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
+    from bevt.train.loop import pretrain
+
+    result = pretrain(args.config, args.out, resume=args.resume)
+    print(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}")
+    for name, value in result.evaluation.items():
+        print(f"  {name:22} {value:.4f}")
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    args = _parse(DemoArgs, argv, "bevt demo")
+    from bevt.demo import demo
+
+    return demo(args.out, args.seed)
+
+
+def _tokenizer_fit(argv: list[str]) -> int:
+    args = _parse(TokenizerFitArgs, argv, "bevt tokenizer fit")
+    from bevt.tokenizers.vq import VQConfig
+    from bevt.train.tokenizer import fit_tokenizer
+
+    if not (args.data.clips or args.data.images):
+        raise ConfigError("name the frames to fit on: --data.clips DIR, --data.images DIR or both")
+    train = TrainConfig(clips=int(bool(args.data.clips)), images=int(bool(args.data.images)))
+    vq = VQConfig(
+        image_size=args.data.crop // 2,
+        vocab_size=args.vocab_size,
+        code_dim=args.code_dim,
+        width=args.width,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+    )
+    report = fit_tokenizer(Config(recipe="tokenizer", data=args.data, train=train), vq, args.out)
+    print(
+        f"{args.out}: {report.codes_used} of {vq.vocab_size} codes in use, entropy {report.entropy:.2f} nats "
+        f"(perplexity {report.perplexity:.0f}), commonest {100 * report.top_share:.1f} %, "
+        f"mean error {report.error:.1f} of 255, {report.seconds:.0f} s"
+    )
+    return 0
+
+
+def _data_index(argv: list[str]) -> int:
+    args = _parse(DataIndexArgs, argv, "bevt data index")
+    manifest = _indexed(args.source, args.kind, args.out)
+    bad = [entry for entry in manifest.entries if entry.error]
+    for entry in bad:
+        print(f"{entry.path}: {entry.error}")
+    print(f"{len(manifest.readable())} readable {manifest.kind}, {len(bad)} unreadable")
+    return 0
+
+
+def _data_check(argv: list[str]) -> int:
+    args = _parse(DataCheckArgs, argv, "bevt data check")
+    from rich.console import Console
+    from rich.table import Table
+
+    from bevt.data.manifest import check
+
+    manifest = _indexed(args.source, args.kind, None)
+    problems = check(manifest, args.span)
+    table = Table(show_lines=False, box=None, pad_edge=False)
+    for column in ("", "file", "what is wrong", "what to do"):
+        table.add_column(column, overflow="fold")
+    for problem in problems:
+        table.add_row(problem.severity, problem.path, problem.what, problem.advice)
+    console = Console(highlight=False)
+    if problems:
+        console.print(table)
+    errors = sum(problem.severity == "error" for problem in problems)
+    console.print(f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks")
+    return 1 if errors else 0
+
+
+def _indexed(source: str, kind: str, out: Path | None) -> Manifest:
+    """The manifest of `source`, made or brought up to date behind a progress bar."""
+    from rich.progress import Progress
+
+    from bevt.data.manifest import Manifest, cache_path, guess_kind, index
+
+    if source.endswith(".jsonl"):
+        return Manifest.load(source)
+    chosen = guess_kind(source) if kind == "auto" else kind
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"probing {chosen}", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        cache = out or cache_path(Path(source), chosen)
+        manifest = index(source, chosen, cache=cache, progress=progress)
+    print(f"manifest: {cache}")
+    return manifest
+
+
+def _budget(argv: list[str]) -> int:
+    default, rest = _recipe(argv, "budget")
+    args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
+    from bevt.budget import budget
+
+    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    tyro.cli(lambda: None, args=argv, prog="bevt doctor", description="What this installation can do, and what is missing.")
+    from bevt.doctor import doctor
+
+    return doctor()
+
+
+COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
+    ("demo",): _demo,
+    ("pretrain",): _pretrain,
+    ("tokenizer", "fit"): _tokenizer_fit,
+    ("data", "index"): _data_index,
+    ("data", "check"): _data_check,
+    ("budget",): _budget,
+    ("doctor",): _doctor,
+}
+
+
+def _dispatch(argv: list[str]) -> int:
+    for words, command in COMMANDS.items():
+        if tuple(argv[: len(words)]) == words:
+            return command(argv[len(words) :])
+    from bevt.recipes import RECIPES
+
+    usage = USAGE.format(recipes=", ".join(RECIPES))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if argv else 2
+    given = " ".join(argv[:2])
+    near = nearest(given, (" ".join(words) for words in COMMANDS))
+    print(f"bevt: no command {given!r}; the nearest is {near!r}\n\n{usage}", file=sys.stderr)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `bevt` and `python -m bevt`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+    except KeyboardInterrupt:
+        status = 130
+    except (UserError, OSError) as error:
+        print(f"bevt: {error}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
+

@@ -1,0 +1,74 @@
+"""Checkpoints: complete or absent, never half written, and refused with a reason where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bevt.config import UserError
+
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is absent, damaged or of another run; the message names the file and what to do."""
+
+
+def save(folder: Path, step: int, payload: dict[str, Any], keep: int) -> Path:
+    """Write `payload` as `folder/step_%08d.pt` and point `last.pt` at it; older ones than the newest `keep` go.
+
+    The file appears under its name only after its bytes are on disk (fsync, then rename): a kill at any moment leaves
+    the previous checkpoint whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    part = path.with_suffix(".part")
+    with part.open("wb") as f:
+        torch.save({"format": FORMAT, "step": step, **payload}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+    link = folder / "last.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(folder / "last.pt")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    for old in _steps(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    steps = _steps(folder)
+    return steps[-1] if steps else None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The payload of a checkpoint, on the CPU. No pickled code is executed.
+
+    Raises CheckpointError for a file that is absent, damaged, or not a checkpoint of this project.
+    """
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for every kind of damage
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this project (format {FORMAT}); to convert one of another see bevt.models.weights")
+    return payload
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)]
+    return sorted(found)

@@ -1,0 +1,355 @@
+"""The training loop, from a configuration to a finished run folder.
+
+A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last.pt`), `bad_files.jsonl`
+where a file could not be read, `nonfinite.json` where a loss was not finite, and `pictures/` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bevt
+from bevt import tokenizers
+from bevt.config import Config, UserError, check, to_dict
+from bevt.data.batch import Batch, Loader
+from bevt.data.build import build_loader
+from bevt.models import weights
+from bevt.models.bevt import BEVT, Stream
+from bevt.train import checkpoint
+from bevt.train.distributed import World, join_world
+from bevt.train.metrics import Display, MetricsWriter
+from bevt.train.optim import build_optimizer, learning_rate, total_steps
+from bevt.train.step import StepResult, TrainStep
+
+FREE_ON_RESUME = {
+    "data.workers", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep", "train.threads",
+    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "data.val_clips", "data.val_images",
+    "data.clips", "data.images", "tokenizer.path", "init",
+}  # fmt: skip
+"""Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    steps: int
+    checkpoint: Path
+    evaluation: dict[str, float]
+    """Held-out figures (`bevt.evaluate.masked_tokens`); empty where no held-out data was named or the run was stopped."""
+
+    @property
+    def finished(self) -> bool:
+        """False where SIGTERM or SIGINT ended it early."""
+        return self.step >= self.steps
+
+
+def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Run `config` into the folder `out`, or continue there with `resume`.
+
+    SIGTERM and SIGINT end the run after the current step, with a checkpoint. Raises ConfigError, DataError,
+    CheckpointError, WeightsError or RunError with a message for a person.
+    """
+    check(config)
+    world = join_world()
+    try:
+        with Stop() as stop:
+            return _run(config, out, world, stop, resume=resume, quiet=quiet)
+    finally:
+        world.close()
+
+
+def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, quiet: bool) -> RunResult:
+    saved = _open_run(config, out, world, resume)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    tokenizer = tokenizers.build(config.tokenizer).to(world.device)
+    start = saved["step"] if saved else 0
+    bad_files = out / "bad_files.jsonl"
+    loader = build_loader(config, rank=world.rank, world_size=world.size, start_step=start)
+    try:
+        steps = total_steps(config.optim, loader.steps_per_epoch)
+        display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
+        torch.manual_seed(config.train.seed)
+        model = build_model(config, tokenizer.vocab_size, world.device)
+        optimizer = build_optimizer(model, config.optim)
+        if saved:
+            weights.load(model, saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            loader.load_state_dict(saved["loader"])
+            display.note(f"resumed {out} at step {start}")
+        elif config.init:
+            display.note(f"{config.init}: {initialise(model, config)}")
+        display.note(_describe(config, model, loader, world, steps))
+        wrapped = world.wrap(model)
+        train_step = TrainStep(wrapped, tokenizer, optimizer, config, world)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        writer = MetricsWriter(out, start) if world.main else None
+        meter = Meter(config, world, names, out)
+
+        def save(step: int) -> Path:
+            path = out / "checkpoints" / f"step_{step:08d}.pt"
+            if world.main:
+                payload = {
+                    "config": to_dict(config),
+                    "vocab_size": tokenizer.vocab_size,
+                    "streams": list(model.streams),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "loader": loader.state_dict(),
+                    "versions": {"bevt": bevt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                    "implementations": model.implementations,
+                }
+                path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
+            world.barrier()
+            return path
+
+        batches = iter(loader)
+        step, last = start, checkpoint.latest(out / "checkpoints")
+        try:
+            while step < steps and not world.any(stop.requested):
+                micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
+                result = train_step(step, learning_rate(config.optim, step, steps), micro)
+                step += 1
+                meter.add(step, micro, result)
+                display.step(step)
+                logged = step % config.train.log_every == 0 or step == steps
+                checkpointed = step % config.train.checkpoint_every == 0 or step == steps
+                if logged or checkpointed or world.device.type == "cpu":
+                    meter.check_finite()
+                if logged:
+                    row = meter.row(step, learning_rate(config.optim, step - 1, steps))
+                    if writer:
+                        writer.write(row)
+                    display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
+                if world.main:
+                    _note_bad_files(micro, bad_files, display)
+                if checkpointed:
+                    last = save(step)
+            if step < steps:
+                last = save(step)
+                display.note(f"stopped at step {step} of {steps}; continue with --resume")
+            evaluation: dict[str, float] = {}
+            if step == steps and world.main and (config.data.val_clips or config.data.val_images):
+                evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
+            assert last is not None
+            return RunResult(step, steps, last, evaluation)
+        finally:
+            display.close()
+            if writer:
+                writer.close()
+    finally:
+        loader.close()
+
+
+def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
+    """The model of a configuration with only the streams that it trains, on `device`."""
+    streams: list[Stream] = []
+    if config.train.clips:
+        streams.append("clips")
+    if config.train.images:
+        streams.append("images")
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    return BEVT(config.model, vocab_size, streams, device=device, dtype=dtype).to(device)
+
+
+def initialise(model: BEVT, config: Config) -> weights.Report:
+    """Start `model` from the checkpoint `config.init`: of the same stage, or of the image stage (2D windows), inflated.
+
+    Raises CheckpointError for a file that is no checkpoint and WeightsError for a model of another size.
+    """
+    path = Path(config.init)
+    saved = checkpoint.load(path)
+    state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
+    missing, unused = [], []
+    try:
+        if "clips" in model.streams and "clips" not in saved["streams"]:
+            if window[0] == 1:
+                state = weights.inflate(state, config.model.window_size)
+            missing = [r"video_decoder\..*"]
+            if window[0] != 1:
+                raise weights.WeightsError(
+                    f"an image-only run with 3D windows {window} has no weights for clips; "
+                    "start from recipe 'image_stage' (window (1, h, w)) instead"
+                )
+        if "images" not in model.streams:
+            unused = [r"patch_embed_2d\..*", r"image_decoder\..*"]
+        if "clips" not in model.streams:
+            unused = [r"patch_embed\..*", r"video_decoder\..*"]
+        return weights.load(model, state, missing=missing, unused=unused)
+    except weights.WeightsError as error:
+        raise weights.WeightsError(f"{path}: {error}") from error
+
+
+def _open_run(config: Config, out: Path, world: World, resume: bool) -> dict[str, Any] | None:
+    """Make or reopen the run folder; the checkpoint to continue from, if any."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    found = checkpoint.latest(out / "checkpoints") if out.exists() else None
+    if not resume and out.exists() and ((out / "metrics.jsonl").exists() or found):
+        raise RunError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
+    saved = checkpoint.load(found) if found else None
+    if saved:
+        changed = [
+            f"{key} = {old!r}, now {new!r}"
+            for key, old, new in _differences(saved["config"], to_dict(config))
+            if key not in FREE_ON_RESUME
+        ]
+        if changed:
+            raise RunError(
+                f"{out} cannot be resumed with another configuration: {'; '.join(changed)}. "
+                "Give the run's own values, or start a new run from its weights with --init"
+            )
+    try:
+        if world.main:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write to --out {out}: {error.strerror}; name a folder that can be written") from error
+    world.barrier()
+    return saved
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{where}{key}.")
+        elif a != b:
+            yield where + key, a, b
+
+
+def _describe(config: Config, model: BEVT, loader: Loader, world: World, steps: int) -> str:
+    """What is about to run, in three lines."""
+    million = sum(p.numel() for p in model.parameters()) / 1e6
+    train = config.train
+    chosen = ", ".join(f"{op} {impl}" for op, impl in model.implementations.items())
+    return (
+        f"{config.recipe}: {' + '.join(model.streams)}, {million:.1f} M parameters, {train.precision}, "
+        f"{world.size} x {world.device}\n"
+        f"implementations: {chosen}\n"
+        f"{steps} steps of {train.clips} clips + {train.images} images, {loader.steps_per_epoch:.1f} steps an epoch, "
+        f"{loader.accumulation} micro-batches a step and process"
+    )
+
+
+def _note_bad_files(batches: list[Batch], path: Path, display: Display) -> None:
+    """Name every unreadable file in the log and in `bad_files.jsonl`."""
+    bad = [entry for batch in batches for entry in batch.bad]
+    if bad:
+        with path.open("a") as f:
+            for entry in bad:
+                f.write(json.dumps(asdict(entry)) + "\n")
+                display.note(f"unreadable: {entry.path} ({entry.error}); read in its place: {entry.replaced_by}")
+
+
+def _finish(config: Config, out: Path, model: BEVT, tokenizer: tokenizers.Tokenizer, device: torch.device, step: int, writer: MetricsWriter | None) -> dict[str, float]:
+    """Score the held-out data and draw the pictures."""
+    from bevt.evaluate.masked_tokens import evaluate
+    from bevt.pictures.report import draw
+
+    evaluation = evaluate(config, model, tokenizer, device)
+    if writer:
+        writer.write({"event": "eval", "step": step, **evaluation})
+    draw(config, out, model, tokenizer, device)
+    return evaluation
+
+
+class Stop:
+    """Context in which SIGTERM and SIGINT ask the loop to end after its step, a second SIGINT at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Stop:
+        self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, signum: int, frame: object) -> None:
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+class Meter:
+    """What the steps since the last row did; device scalars are read once a row."""
+
+    def __init__(self, config: Config, world: World, names: list[str], out: Path) -> None:
+        self.config, self.world, self.names, self.out = config, world, names, out
+        self._start = time.perf_counter()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._results: list[StepResult] = []
+        self._unchecked: list[tuple[int, list[str], StepResult]] = getattr(self, "_unchecked", [])
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch, and how long the loop stood still for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
+        """Step `step` (1-based) is under way on the device."""
+        ids = [name for batch in batches for name in (*batch.clip_ids, *batch.image_ids)]
+        self._results.append(result)
+        self._unchecked.append((step, ids, result))
+
+    def check_finite(self) -> None:
+        """Raise RunError for the first step since the last check whose loss or gradients were not finite.
+
+        The weights are still those before that step: its update was skipped on the device.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        if all(torch.stack([result.finite for _, _, result in unchecked]).tolist()):
+            return
+        step, ids, result = next(entry for entry in unchecked if not entry[2].finite)
+        worst = int(result.worst)
+        parameter = self.names[worst] if worst >= 0 else "none"
+        values = {name: float(value) for name, value in result.values.items()}
+        path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
+        path.write_text(json.dumps({"step": step, "parameter": parameter, "values": values, "inputs": ids}, indent=2) + "\n")
+        raise RunError(
+            f"step {step}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). "
+            f"Nearest to the loss, the gradient of {parameter} is the first that is not. The step was not applied; its "
+            f"{len(ids)} inputs are listed in {path}. A lower --optim.lr, --train.precision float32 or a longer "
+            "warm-up are the usual cures"
+        )
+
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """The means since the last row, over all processes: one device read."""
+        count, seconds = len(self._results), time.perf_counter() - self._start
+        names = list(self._results[0].values)
+        values = torch.stack([torch.stack([r.values[n].float() for n in names]) for r in self._results]).mean(0)
+        values = self.world.mean(values)
+        row: dict[str, Any] = {"event": "train", "step": step, **dict(zip(names, values.tolist())), "lr": lr}
+        row["step_seconds"] = seconds / count
+        row["data_wait"] = self._waited / seconds
+        for stream in ("clips", "images"):
+            if getattr(self.config.train, stream):
+                row[f"{stream}_per_second"] = getattr(self.config.train, stream) * count / seconds
+        self._clear()
+        return row
+
+

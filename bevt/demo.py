@@ -81,8 +81,10 @@ def demo(out: Path, seed: int = 0) -> int:
 
 
 def demo_tokenizer(seed: int) -> VQConfig:
-    """The demo's tokenizer: 256 codes of 48x48 views."""
-    return VQConfig(image_size=48, vocab_size=256, code_dim=16, width=32, blocks=1, steps=400, batch=64, seed=seed)
+    """The demo's tokenizer: 128 codes of 48x48 views."""
+    return VQConfig(
+        image_size=48, vocab_size=128, code_dim=8, width=16, blocks=0, steps=300, batch=32, lr=3e-3, decay=0.95, seed=seed
+    )
 
 
 def _show(console: Console, scores: dict[str, float]) -> bool:

@@ -79,7 +79,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         torch.set_num_threads(config.train.threads)
     tokenizer = tokenizers.build(config.tokenizer).to(world.device)
     start = saved["step"] if saved else 0
-    bad_files = out / "bad_files.jsonl"
+    bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
     loader = build_loader(config, rank=world.rank, world_size=world.size, start_step=start)
     try:
         steps = total_steps(config.optim, loader.steps_per_epoch)
@@ -90,7 +90,10 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         if saved:
             weights.load(model, saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            loader.load_state_dict(saved["loader"])
+            try:
+                loader.load_state_dict(saved["loader"])
+            except ValueError as error:
+                raise RunError(f"{out} cannot be resumed: {error}") from error
             display.note(f"resumed {out} at step {start}")
         elif config.init:
             display.note(f"{config.init}: {initialise(model, config)}")
@@ -111,7 +114,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "loader": loader.state_dict(),
-                    "versions": {"bevt": bevt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                    "versions": {"bevt": bevt.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
                     "implementations": model.implementations,
                 }
                 path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
@@ -136,8 +139,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                     if writer:
                         writer.write(row)
                     display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
-                if world.main:
-                    _note_bad_files(micro, bad_files, display)
+                _note_bad_files(micro, bad_files, display)
                 if checkpointed:
                     last = save(step)
             if step < steps:

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint format clean
+
+setup: $(READY)
+
+# --no-build-isolation lets setup.py see torch, which the native library is built against.
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/bevt demo
+
+$(VENV)/.test: $(READY)
+	$(BIN)/python -m pip install --quiet --group test
+	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0
+	touch $@
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+$(VENV)/.lint: $(READY)
+	$(BIN)/python -m pip install --quiet --group lint
+	touch $@
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info kernels/bevt_kernels/*.so

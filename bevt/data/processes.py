@@ -1,0 +1,55 @@
+"""How helper processes are started, and how they end, in one place."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.context import BaseContext
+
+
+def context() -> BaseContext:
+    """A start method that is safe beside threads and CUDA: `forkserver`, or `spawn` where that does not exist.
+
+    A plain fork of a process that already runs OpenMP or CUDA threads can deadlock in the child. The fork server
+    imports torch and the decoders once, so that further workers start in milliseconds. It is started with SIGTERM
+    blocked, which its children inherit: a scheduler that signals the whole process group must not take the workers away
+    from a training process that still has a step to finish.
+
+    As with any such start method, a script that trains needs `if __name__ == "__main__":` around what it does.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker
+
+    ctx = multiprocessing.get_context("forkserver")
+    ctx.set_forkserver_preload(["bevt.data.build", "av", "PIL.Image"])
+    resource_tracker.ensure_running()  # the fork server starts it too, and that unblocks SIGTERM
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return ctx
+
+
+def initialize(*_: object) -> None:
+    """First call in every helper process: leave Ctrl-C to the parent, and end when the parent does, however it does.
+
+    The parent's death has to be watched: a child of the fork server keeps the server alive, and is never orphaned.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a helper process"
+    parent.join()
+    os._exit(1)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

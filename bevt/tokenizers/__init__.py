@@ -1,0 +1,52 @@
+"""Frozen tokenizers: images in, discrete codes out. `build` makes the one a configuration names."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from bevt.config import ConfigError, TokenizerConfig
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the training step needs of a tokenizer.
+
+    Letters: M frames, H x W pixels, g = `downsample`.
+    """
+
+    name: str
+    vocab_size: int
+    downsample: int
+    """Pixels along one side of a code's cell; 8 for every tokenizer here."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(M, 3, H, W) float in [0, 1], RGB, H and W multiples of g -> (M, H/g, W/g) int64 codes. No gradient."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(M, h, w) codes -> (M, 3, h*g, w*g) float in [0, 1]. Raises NotImplementedError where there is no decoder."""
+
+    def to(self, device: torch.device) -> Tokenizer:
+        """The tokenizer on another device."""
+
+
+def build(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer `config` names, with its weights, in evaluation mode on the CPU.
+
+    Raises ConfigError (which key, what to do) for a missing path, FileNotFoundError and TokenizerError (the file, what is
+    wrong with it) for weights that are absent or of another model.
+    """
+    if not config.path:
+        raise ConfigError(
+            "tokenizer.path is empty: give the weights of the DALL-E encoder (kind 'dalle'), "
+            "or train one with `bevt tokenizer fit` (kind 'vq')"
+        )
+    if config.kind == "dalle":
+        from bevt.tokenizers.dalle import DalleTokenizer
+
+        return DalleTokenizer.load(config.path, impl=config.impl)
+    from bevt.tokenizers.vq import VQTokenizer
+
+    return VQTokenizer.load(config.path, impl=config.impl)

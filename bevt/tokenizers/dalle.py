@@ -1,0 +1,160 @@
+"""OpenAI's dVAE encoder (github.com/openai/DALL-E at 5be4b23), whose 8192 codes are BEVT's and BEiT's targets.
+
+The architecture also ships as Hugging Face's `FlavaImageCodebook`; weights of either load here.
+Letters: M frames, H x W pixels, h = H/8, w = W/8 codes, n = `n_hid`, V = `vocab_size`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from bevt_kernels import linear_argmax
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bevt.config import Impl
+from bevt.tokenizers import common
+
+
+class Block(nn.Module):
+    """x + gain * (three 3x3 convolutions and a 1x1, each after a ReLU, n_out/4 wide inside)."""
+
+    def __init__(self, n_in: int, n_out: int, gain: float) -> None:
+        super().__init__()
+        hid = n_out // 4
+        self.gain = gain
+        self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(n_in, hid, 3, padding=1),
+                nn.Conv2d(hid, hid, 3, padding=1),
+                nn.Conv2d(hid, hid, 3, padding=1),
+                nn.Conv2d(hid, n_out, 1),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, n_in, H, W) -> (M, n_out, H, W)."""
+        y = x
+        for conv in self.convs:
+            y = conv(F.relu(y))
+        return self.skip(x) + self.gain * y
+
+
+class DalleEncoder(nn.Module):
+    """Four groups of blocks, n, 2n, 4n and 8n wide, 2x2 max pooling between them, and a 1x1 convolution to V logits.
+
+    Published size (the defaults): 53.8 M parameters, 26.06 GMAC for a frame of 112x112.
+    """
+
+    def __init__(self, n_hid: int = 256, blocks: int = 2, vocab_size: int = 8192) -> None:
+        super().__init__()
+        widths = [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid]
+        gain = 1 / (4 * blocks) ** 2
+        self.stem = nn.Conv2d(3, n_hid, 7, padding=3)
+        self.groups = nn.ModuleList(
+            nn.Sequential(*(Block(widths[g] if b == 0 else widths[g + 1], widths[g + 1], gain) for b in range(blocks)))
+            for g in range(4)
+        )
+        self.head = nn.Conv2d(8 * n_hid, vocab_size, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(M, 3, H, W) mapped pixels (0.8 x + 0.1) -> (M, 8n, h, w), what the last convolution sees."""
+        x = self.stem(x)
+        for g, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if g else x)
+        return F.relu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, 3, H, W) mapped pixels -> (M, V, h, w) logits."""
+        return self.head(self.features(x))
+
+
+def foreign_name(own: str, naming: Literal["published", "flava"]) -> str:
+    """What OpenAI's module (`published`) or `FlavaImageCodebook` (`flava`) calls `DalleEncoder`'s parameter `own`."""
+    flava = naming == "flava"
+    *place, leaf = own.split(".")
+    leaf = leaf if flava else leaf[0]  # OpenAI's convolution has its own class, with `w` and `b`
+    if place == ["stem"]:
+        return f"blocks.input.{leaf}"
+    if place == ["head"]:
+        return f"blocks.output.conv.{leaf}"
+    _, group, block, *conv = place
+    path = f"blocks.group_{int(group) + 1}.{'group.' if flava else ''}block_{int(block) + 1}"
+    if conv == ["skip"]:
+        return f"{path}.id_path.{leaf}"
+    return f"{path}.res_path.{'path.' if flava else ''}conv_{int(conv[1]) + 1}.{leaf}"
+
+
+def load_weights(encoder: DalleEncoder, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Put `tensors`, under own, published or Flava names, into `encoder` as float32; `path` is for the message.
+
+    Raises ValueError: names of none of the three, or a list of all missing, unexpected and mis-shaped ones.
+    """
+    expected = {name: p.shape for name, p in encoder.named_parameters()}
+    namings: list[dict[str, str]] = [
+        {name: name for name in expected},
+        {foreign_name(name, "published"): name for name in expected},
+        {foreign_name(name, "flava"): name for name in expected},
+    ]
+    names = max(namings, key=lambda names: len(names.keys() & tensors.keys()))
+    if not names.keys() & tensors.keys():
+        some = ", ".join(list(tensors)[:3])
+        raise common.TokenizerError(f"{path} holds no DALL-E encoder: its {len(tensors)} tensors are called {some}, ...")
+    common.check_weights(tensors, {name: expected[own] for name, own in names.items()}, path, "this DALL-E encoder")
+    encoder.load_state_dict({own: tensors[name].float().contiguous() for name, own in names.items()}, assign=True)
+
+
+class DalleTokenizer:
+    """The `Tokenizer` of the published dVAE encoder: 112x112 pixels -> 14x14 codes. Frozen; it has no decoder."""
+
+    name = "dalle"
+    downsample = 8
+
+    def __init__(self, encoder: DalleEncoder, impl: Impl = "auto") -> None:
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.vocab_size = encoder.head.out_channels
+        self.impl = impl
+
+    @classmethod
+    def load(cls, path: str | Path, impl: Impl = "auto", *, encoder: DalleEncoder | None = None) -> DalleTokenizer:
+        """From the published `encoder.pkl` (a pickled module; its code is not run), a state dict, or safetensors.
+
+        `impl` is `linear_argmax`'s; `encoder` says another size than the published one. Raises FileNotFoundError, and
+        ValueError where the file is damaged, asks for code, or holds other weights.
+        """
+        if encoder is None:
+            with torch.device("meta"):  # 53.8 M random numbers less to draw; every parameter is replaced below
+                encoder = DalleEncoder()
+        tensors = common.read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else common.read_pickle(path)
+        load_weights(encoder, tensors, path)
+        return cls(encoder, impl)
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights as safetensors under this module's names. OSError where that cannot be done."""
+        common.write_safetensors(path, self.encoder.state_dict(), {"format": "bevt-dalle-1"})
+
+    def to(self, device: torch.device) -> DalleTokenizer:
+        """Move the weights; returns the same tokenizer."""
+        self.encoder.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(M, 3, H, W) float in [0, 1] -> (M, H/8, W/8) int64. ValueError and TypeError as `check_pixels` says.
+
+        Computes in float32 under any autocast, so that codes do not depend on the precision of training.
+        """
+        common.check_pixels(pixels, self.downsample)
+        head = self.encoder.head
+        with torch.autocast(pixels.device.type, enabled=False):
+            x = self.encoder.features(0.8 * pixels.float() + 0.1)  # dall_e/utils.py: map_pixels
+            rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            codes = linear_argmax(rows, head.weight.flatten(1), head.get_parameter("bias"), impl=self.impl)
+        return codes.view(x.shape[0], *x.shape[2:])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Raises NotImplementedError: `encoder.pkl` has no decoder."""
+        raise NotImplementedError("the DALL-E tokenizer here is the encoder alone; pictures from codes need kind 'vq'")

@@ -1,0 +1,49 @@
+"""The torch op `linear_argmax`: schema, fake, FLOP formula, and which implementation serves what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bevt_kernels import native
+from bevt_kernels.linear_argmax import reference
+from bevt_kernels.registration import define
+from bevt_kernels.select import NoImplementation, Spec, float_reasons, register
+
+
+def _native_reasons(spec: Spec) -> list[str]:
+    reasons = native.reasons()
+    if spec.device != "cpu":
+        reasons.append(f"serves the CPU, not {spec.device}")
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
+    return reasons
+
+
+register("linear_argmax", "native", _native_reasons)
+register("linear_argmax", "reference", float_reasons)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not native.loaded():  # a call of the torch op itself, past `resolve`
+        raise NoImplementation(f"linear_argmax: {native.reasons()[0]}")
+    return torch.ops.bevt_kernels.linear_argmax_native(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=torch.int64)
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], bias: Sequence[int]) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+op = define(
+    "linear_argmax",
+    "(Tensor x, Tensor weight, Tensor bias, str impl) -> Tensor",
+    {"reference": reference.linear_argmax, "native": _native},
+    _fake,
+    _flops,
+)

@@ -1,0 +1,82 @@
+"""Which implementation serves an op, or why none does.
+
+A module calls `resolve` once, when it is built, and keeps the name; the functional API calls it too (a few
+microseconds). An op offers an implementation by `register`; one that nobody registered is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+IMPLEMENTATIONS = ("triton", "native", "reference")
+"""Every name an op may offer, in the order in which `auto` tries them: Triton is for CUDA, native for the CPU."""
+
+
+class Spec(NamedTuple):
+    """What a call needs: all that the choice of an implementation may depend on."""
+
+    device: str
+    """Device type: `cpu`, `cuda`, ..."""
+    dtype: torch.dtype
+    """Of the activations."""
+    needs_grad: bool = False
+    window: tuple[int, int, int] | None = None
+    """Window attention alone: tokens along time, height and width."""
+    head_dim: int | None = None
+    """Window attention alone."""
+
+
+Supports = Callable[[Spec], list[str]]
+"""The reasons why an implementation cannot serve a spec; empty where it can."""
+
+
+class NoImplementation(ValueError):
+    """No implementation, or not the one asked for, can serve; the message holds every candidate's reasons."""
+
+
+_supports: dict[str, dict[str, Supports]] = {}
+
+
+def register(op: str, impl: str, supports: Supports) -> None:
+    """Offer `impl` for `op`."""
+    _supports.setdefault(op, {})[impl] = supports
+
+
+def reasons(op: str, impl: str, spec: Spec) -> list[str]:
+    """Why `impl` cannot serve `op` under `spec`; empty where it can. Raises ValueError for an unknown op."""
+    if op not in _supports:
+        raise ValueError(f"no op {op!r}; there are {', '.join(sorted(_supports))}")
+    if impl not in _supports[op]:
+        return [f"not available for {op} in this version"]
+    return _supports[op][impl](spec)
+
+
+def resolve(op: str, impl: str, spec: Spec) -> str:
+    """The name of the implementation that serves `op`: `impl` itself, or for "auto" the first that can.
+
+    Raises NoImplementation (a ValueError) where there is none; every candidate's reasons are in the message. Raises
+    ValueError for a name that is no implementation.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be auto, {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    for candidate in IMPLEMENTATIONS if impl == "auto" else (impl,):
+        if not reasons(op, candidate, spec):
+            return candidate
+    raise NoImplementation(_refusal(op, impl, spec))
+
+
+def _refusal(op: str, impl: str, spec: Spec) -> str:
+    lines = [f"{op} has no implementation for impl={impl!r} with {spec}:"]
+    for candidate in IMPLEMENTATIONS:
+        lines.append(f"  {candidate}: {'; '.join(reasons(op, candidate, spec)) or 'can serve'}")
+    return "\n".join(lines)
+
+
+def float_reasons(spec: Spec) -> list[str]:
+    """The reference implementations' only limit: the dtype."""
+    if spec.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return []
+    return [f"takes float32, bfloat16, float16 and float64, not {spec.dtype}"]

@@ -1,0 +1,181 @@
+"""Decoding: the frames asked for are the frames served."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bevt.config import DataConfig
+from bevt.data import pyav, shapes
+from bevt.data.manifest import Manifest, index
+from bevt.data.sampling import NO_JITTER, Request, Sampler
+
+av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+
+REAL_CLIPS = (
+    "kinetics_like_340x256_h264.mp4",
+    "ntsc_426x240_h264.mp4",
+    "short_32_frames_h264.mp4",
+    "ucf_like_320x240_mpeg4.avi",
+)
+
+
+def request_for(path: Path, resize: tuple[int, int], frames: tuple[int, ...], **changes: object) -> Request:
+    """Whole square at the top left, unscaled."""
+    plain = dict(
+        stream="clips",
+        position=0,
+        path=str(path),
+        frames=frames,
+        resize=resize,
+        crop=(0, 0),
+        size=min(resize),
+        flip=False,
+    )
+    return Request(**{**plain, "jitter": NO_JITTER, "mask_seed": 0, **changes})  # type: ignore[arg-type]
+
+
+def every_frame(path: Path) -> np.ndarray:
+    """(T, H, W, 3): the whole file, decoded from start to end with PyAV's defaults."""
+    with av.open(str(path)) as container:
+        return np.stack(
+            [frame.to_ndarray(format="rgb24", interpolation="BICUBIC") for frame in container.decode(video=0)]
+        )
+
+
+@pytest.mark.parametrize("name", REAL_CLIPS)
+def test_frames_are_exact(real_clips: Path, name: str) -> None:
+    """Any frame of a real clip (B-frames, AVI, 29.97 fps), with and without seeking, equals the full decode's."""
+    assert_frames_are_exact(real_clips, name)
+
+
+@pytest.mark.parametrize("name", ["0000.mp4", "0001.webm"])
+def test_embedded_frames_are_exact(dataset: shapes.ShapesPaths, name: str) -> None:
+    """H.264 and VP9 as the embedded dataset encodes them."""
+    assert_frames_are_exact(Path(dataset.train_clips), name)
+
+
+def assert_frames_are_exact(folder: Path, name: str) -> None:
+    """Frames from the beginning, and from every key frame that the manifest lists, against the whole decode."""
+    entry = _one(folder, name).entries[0]
+    whole = every_frame(folder / name)
+    assert entry.frames == len(whole)
+    size, last = whole.shape[1:3], len(whole) - 1
+    wanted = tuple(sorted({0, 1, 7, 31, last // 2, max(0, last - 40), last}))
+    got = pyav.read(request_for(folder / name, size, wanted))
+    np.testing.assert_array_equal(got, whole[list(wanted), : min(size), : min(size)])
+    for key in entry.keys[1:]:
+        wanted = (key[0], key[0] + 1, last)
+        got = pyav.read(request_for(folder / name, size, wanted, seek=key))
+        np.testing.assert_array_equal(got, whole[list(wanted), : min(size), : min(size)])
+
+
+def test_a_wrong_key_frame_costs_time_not_content(real_clips: Path) -> None:
+    """Where seeking lands elsewhere than the manifest says, decoding starts over."""
+    path = real_clips / "ntsc_426x240_h264.mp4"
+    plain = request_for(path, (240, 426), (120, 121))
+    wrong = request_for(path, (240, 426), (120, 121), seek=(100, 100_100))
+    np.testing.assert_array_equal(pyav.read(wrong), pyav.read(plain))
+
+
+def test_short_clip_loops(real_clips: Path) -> None:
+    """16 frames at stride 8 out of 32: frame numbers modulo 32, each decoded once."""
+    manifest = _one(real_clips, "short_32_frames_h264.mp4")
+    request = Sampler(manifest, DataConfig(), "clips", 0).request(0)
+    clip = pyav.read(request)
+    assert clip.shape == (16, 224, 224, 3)
+    np.testing.assert_array_equal(clip[:4], clip[4:8])
+
+
+def test_crop_and_flip(real_clips: Path) -> None:
+    """The crop is cut from the resized frame and mirrored afterwards."""
+    path = real_clips / "ucf_like_320x240_mpeg4.avi"
+    whole = pyav.read(request_for(path, (120, 160), (5,)))[0]
+    cut = pyav.read(request_for(path, (120, 160), (5,), crop=(10, 20), size=96, flip=True))[0]
+    np.testing.assert_array_equal(cut, whole[10:106, 20:116][:, ::-1])
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1)])
+def test_rotation_is_applied(real_clips: Path, tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """A phone's upright video: the display matrix of the MP4 decides size and pixels."""
+    raw = bytearray((real_clips / "short_32_frames_h264.mp4").read_bytes())
+    at = raw.index(b"tkhd") + 4 + 40  # version 0: the matrix is 40 bytes into the box's body
+    a, b, c, d = (int(v * 65536).to_bytes(4, "big", signed=True) for v in matrix)
+    raw[at : at + 8], raw[at + 12 : at + 20] = a + b, c + d
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(raw)
+    entry = index(str(tmp_path), "clips", workers=1).entries[0]
+    quarter_turns = {(0, 1, -1, 0): 3, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2}[matrix]
+    assert (entry.width, entry.height) == ((340, 256) if quarter_turns == 2 else (256, 340))
+    upright = every_frame(real_clips / "short_32_frames_h264.mp4")[3]
+    got = pyav.read(request_for(turned, (entry.height, entry.width), (3,), size=256))[0]
+    np.testing.assert_array_equal(got, np.rot90(upright, quarter_turns)[:256, :256])
+
+
+def test_frames_of_changing_size(tmp_path: Path) -> None:
+    """Every frame is brought to the size of the request, whatever size it has."""
+    path = tmp_path / "changing.mkv"
+    _encode_changing(path)
+    clip = pyav.read(request_for(path, (64, 64), (0, 5)))
+    assert clip.shape == (2, 64, 64, 3)
+    assert abs(int(clip[0].mean()) - 60) <= 2
+    assert abs(int(clip[1].mean()) - 200) <= 2
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_image_is_turned_resized_cropped_flipped(tmp_path: Path, orientation: int) -> None:
+    """In this order; EXIF's orientation 6 is a quarter turn clockwise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 13, 3)).astype(np.uint8).repeat(9, 0).repeat(9, 1)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_270)
+    size = (96, 74) if orientation == 6 else (74, 96)
+    request = request_for(tmp_path / "a.png", size, (0,), stream="images", crop=(3, 5), size=64, flip=True)
+    full = np.asarray(upright.resize(size[::-1], Image.Resampling.BICUBIC))[3:67, 5:69][:, ::-1]
+    np.testing.assert_array_equal(pyav.read(request), full)
+
+
+def test_read_error_names_file_and_reason(tmp_path: Path) -> None:
+    """A text file called .mp4, and one called .jpg."""
+    (tmp_path / "a.mp4").write_text("no video")
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(pyav.ReadError, match=r"a\.mp4: not a video that FFmpeg recognises"):
+        pyav.read(request_for(tmp_path / "a.mp4", (64, 64), (0,)))
+    with pytest.raises(pyav.ReadError, match=r"a\.jpg: not an image that Pillow recognises"):
+        pyav.read(request_for(tmp_path / "a.jpg", (64, 64), (0,), stream="images"))
+
+
+def test_fewer_frames_than_promised(real_clips: Path) -> None:
+    """A file that was replaced after it was indexed."""
+    with pytest.raises(pyav.ReadError, match="ends before frame 40"):
+        pyav.read(request_for(real_clips / "short_32_frames_h264.mp4", (256, 340), (0, 40)))
+
+
+def _one(folder: Path, name: str) -> Manifest:
+    """The manifest of one file of a folder."""
+    manifest = index(str(folder), "clips", workers=1)
+    return Manifest("clips", manifest.root, tuple(entry for entry in manifest.entries if entry.path == name))
+
+
+def _encode_changing(path: Path) -> None:
+    """Three frames of 64x48, then three of 96x80: MPEG-2 sequences in one stream."""
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i, (width, height, level) in enumerate([(64, 48, 60)] * 3 + [(96, 80, 200)] * 3):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+            encoder.time_base = Fraction(1, 25)
+            pixels = np.full((height, width, 3), level, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuvj420p")
+            frame.pts = i
+            frame.time_base = Fraction(1, 25)
+            for packet in [*encoder.encode(frame), *encoder.encode(None)]:
+                packet.stream = stream
+                container.mux(packet)

@@ -1,9 +1,9 @@
 """What a recipe costs: the real modules are run on fake tensors, their products and saved tensors are counted.
 
-Multiply-adds are those of matrix products and convolutions (`torch.utils.flop_counter`, the project's ops by their own formulas);
-forward + backward is three times the forward for all that is trained, the tokenizer runs forward only. Memory is counted
-for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor that autograd
-keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
+Multiply-adds are those of matrix products and convolutions (`torch.utils.flop_counter`; the project's ops by their own
+formulas). Forward + backward is three times the forward for all that is trained; the tokenizer runs forward only.
+Memory is counted for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor
+that autograd keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def activation_bytes(config: Config) -> int:
 def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
     """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch."""
     if gpus < 1 or flops <= 0 or not 0 < efficiency <= 1:
-        raise ConfigError(f"--gpus, --tflops and --efficiency (0..1) must be above 0, got {gpus}, {flops / 1e12}, {efficiency}")
+        raise ConfigError(
+            f"--gpus, --tflops and --efficiency (0..1) must be above 0, got {gpus}, {flops / 1e12}, {efficiency}"
+        )
     t = config.train
     rows = components(config)
     whole = [row for row in rows if not row.name.startswith(" ")]
@@ -133,10 +135,10 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     console.print(table)
     console.print(
         f"one device: weights, gradients, AdamW {16 * trained / 2**30:.2f} GiB; kept for the backward pass "
-        f"{saved / 2**30:.2f} GiB (micro-batch of {t.micro_clips if t.clips else 0} clips + {t.micro_images if t.images else 0} "
-        f"images, {t.precision}); about {math.ceil(per_device)} micro-batches a step on {gpus} devices\n"
+        f"{saved / 2**30:.2f} GiB (micro-batch of {t.micro_clips * bool(t.clips)} clips + "
+        f"{t.micro_images * bool(t.images)} images, {t.precision}); about {math.ceil(per_device)} micro-batches a step on {gpus} devices\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
-        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted from products; the efficiency is an assumption)"
+        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
     )
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -160,7 +162,7 @@ def _tokenizer(config: Config) -> tuple[int, nn.Module]:
 
 def _model(config: Config, vocab_size: int) -> BEVT:
     """The recipe's model in fake tensors: made on "meta" (initialisation looks at values), then moved to a fake CPU."""
-    streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]  # type: ignore[misc]
+    streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]
     with torch.device("meta"):
         model = BEVT(replace(config.model, attention_impl="reference", loss_impl="reference"), vocab_size, streams)
     _fake(model)
@@ -244,10 +246,9 @@ def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: st
             kept.append(x)  # alive, so that no address is used twice
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            out = model(**{stream: inputs})
-    del out
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        model(**{stream: inputs})
     return sum(seen.values())
 
 

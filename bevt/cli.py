@@ -1,6 +1,6 @@
 """The command line: `bevt COMMAND --help` says what each one takes.
 
-A mistake of the user's (a wrong key, a missing folder, a file that cannot be read) is one message and exit status 2, never a
+A mistake of the user's (a wrong key, a missing folder, an unreadable file) is one message and exit status 2, never a
 traceback; a traceback is a defect of this program.
 """
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 
@@ -132,7 +132,7 @@ def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None
         flag = word.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in flags:
             raise ConfigError(f"no option {flag}; the nearest is {nearest(flag, sorted(flags))}")
-    return tyro.cli(args_type, args=list(argv), prog=prog, default=default)
+    return cast(T, tyro.cli(args_type, args=list(argv), prog=prog, default=default))
 
 
 def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
@@ -156,7 +156,9 @@ def _pretrain(argv: list[str]) -> int:
     from bevt.train.loop import pretrain
 
     result = pretrain(args.config, args.out, resume=args.resume)
-    print(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}")
+    print(
+        f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}"
+    )
     for name, value in result.evaluation.items():
         print(f"  {name:22} {value:.4f}")
     return 0
@@ -224,11 +226,13 @@ def _data_check(argv: list[str]) -> int:
     if problems:
         console.print(table)
     errors = sum(problem.severity == "error" for problem in problems)
-    console.print(f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks")
+    console.print(
+        f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks"
+    )
     return 1 if errors else 0
 
 
-def _indexed(source: str, kind: str, out: Path | None) -> Manifest:
+def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
     from rich.progress import Progress
 
@@ -259,7 +263,9 @@ def _budget(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    tyro.cli(lambda: None, args=argv, prog="bevt doctor", description="What this installation can do, and what is missing.")
+    tyro.cli(
+        lambda: None, args=argv, prog="bevt doctor", description="What this installation can do, and what is missing."
+    )
     from bevt.doctor import doctor
 
     return doctor()
@@ -303,4 +309,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"bevt: {error}", file=sys.stderr)
         status = 2
     raise SystemExit(status)
-

@@ -55,7 +55,7 @@ class TokenizerConfig:
     kind: Literal["dalle", "vq"] = "dalle"
     """`dalle`: the published dVAE encoder, 8192 codes. `vq`: one trained by `bevt tokenizer fit`."""
     path: str = ""
-    """Weights: `encoder.pkl` or `.safetensors` for `dalle`; the `.safetensors` that `bevt tokenizer fit` wrote for `vq`."""
+    """`dalle`: the weights, `encoder.pkl` or `.safetensors`. `vq`: the `.safetensors` that `bevt tokenizer fit` wrote."""
     impl: Impl = "auto"
     """Implementation of `bevt_kernels.linear_argmax`."""
 
@@ -173,7 +173,7 @@ class Config:
     recipe: str = "custom"
     """Name of the recipe this came from."""
     init: str = ""
-    """Checkpoint whose weights start the run: an image-stage or joint-stage checkpoint of this project; empty: random."""
+    """Checkpoint of this project, image stage or later, whose weights start the run; empty: random weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     clip_mask: MaskConfig = field(default_factory=MaskConfig)
@@ -215,7 +215,8 @@ def keys(cls: type, where: str = "") -> list[str]:
     out = []
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
-        out += keys(hint, f"{where}{f.name}.") if dataclasses.is_dataclass(hint) else [where + f.name]
+        nested = typing.cast(type, hint)
+        out += keys(nested, f"{where}{f.name}.") if dataclasses.is_dataclass(hint) else [where + f.name]
     return out
 
 
@@ -256,19 +257,27 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
     for i, heads in enumerate(m.num_heads):
         if (m.embed_dim << i) % heads:
-            raise ConfigError(f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}")
+            raise ConfigError(
+                f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
+            )
     if d.crop % 32 or d.crop <= 0:
         raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
     if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
-        raise ConfigError(f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}")
+        raise ConfigError(
+            f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
+        )
     if d.frames <= 0 or d.frames % 2:
         raise ConfigError(f"data.frames must be even and above 0 (a token spans two frames), got {d.frames}")
     if t.clips < 0 or t.images < 0 or t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
     if t.clips and not d.clips:
-        raise ConfigError("data.clips is empty but train.clips is not 0: name a folder of videos, or set train.clips to 0")
+        raise ConfigError(
+            "data.clips is empty but train.clips is not 0: name a folder of videos, or set train.clips to 0"
+        )
     if t.images and not d.images:
-        raise ConfigError("data.images is empty but train.images is not 0: name a folder of images, or set train.images to 0")
+        raise ConfigError(
+            "data.images is empty but train.images is not 0: name a folder of images, or set train.images to 0"
+        )
     if t.images and config.image_mask.kind != "block":
         raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
     if t.clips and config.clip_mask.kind == "block":
@@ -279,4 +288,6 @@ def check(config: Config) -> None:
         if not 0 < mask.tube[0] <= mask.tube[1] <= 1:
             raise ConfigError(f"{name}.tube must be a range inside (0, 1], got {mask.tube}")
     if o.lr <= 0 or (o.epochs <= 0 and o.max_steps <= 0):
-        raise ConfigError(f"optim.lr and optim.epochs (or optim.max_steps) must be above 0, got {o.lr}, {o.epochs}, {o.max_steps}")
+        raise ConfigError(
+            f"optim.lr and optim.epochs (or optim.max_steps) must be above 0, got {o.lr}, {o.epochs}, {o.max_steps}"
+        )

@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from bevt.config import Config, TrainConfig
+from bevt.config import Config, DataConfig, TrainConfig
 from bevt.data import shapes
 from bevt.recipes.demo import demo_image_stage, demo_joint_stage
 from bevt.tokenizers.vq import VQConfig
@@ -42,18 +42,21 @@ def demo(out: Path, seed: int = 0) -> int:
         return result
 
     data = timed("rendering and encoding the data", lambda: shapes.ensure(out / "data", seed=0))
-    paths = {
-        "clips": str(data.train_clips),
-        "images": str(data.train_images),
-        "val_clips": str(data.val_clips),
-        "val_images": str(data.val_images),
-    }
+
+    def on_shapes(source: DataConfig) -> DataConfig:
+        return replace(
+            source,
+            clips=data.train_clips,
+            images=data.train_images,
+            val_clips=data.val_clips,
+            val_images=data.val_images,
+        )
 
     def stage(config: Config, init: str = "") -> Config:
         return replace(
             config,
             init=init,
-            data=replace(config.data, **paths),
+            data=on_shapes(config.data),
             tokenizer=replace(config.tokenizer, path=str(tokenizer)),
             train=replace(config.train, seed=seed),
         )
@@ -61,7 +64,7 @@ def demo(out: Path, seed: int = 0) -> int:
     tokenizer = out / "tokenizer.safetensors"
     if not tokenizer.exists():
         source = demo_joint_stage()
-        frames = replace(source, data=replace(source.data, **paths), train=TrainConfig(clips=1, images=1))
+        frames = replace(source, data=on_shapes(source.data), train=TrainConfig(clips=1, images=1))
         report = timed("fitting the tokenizer", lambda: fit_tokenizer(frames, demo_tokenizer(seed), tokenizer))
         console.print(f"{report.codes_used} codes in use, mean error {report.error:.1f} of 255")
 
@@ -76,14 +79,27 @@ def demo(out: Path, seed: int = 0) -> int:
 
     passed = _show(console, second.evaluation)
     console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-    console.print(f"checkpoint {second.checkpoint}\nmetrics    {out / 'joint_stage' / 'metrics.jsonl'}\npictures   {out / 'joint_stage' / 'pictures'}")
+    console.print(
+        f"checkpoint {second.checkpoint}\n"
+        f"metrics    {out / 'joint_stage' / 'metrics.jsonl'}\n"
+        f"pictures   {out / 'joint_stage' / 'pictures'}"
+    )
     return 0 if passed else 1
 
 
 def demo_tokenizer(seed: int) -> VQConfig:
     """The demo's tokenizer: 128 codes of 48x48 views."""
     return VQConfig(
-        image_size=48, vocab_size=128, code_dim=8, width=16, blocks=0, steps=300, batch=32, lr=3e-3, decay=0.95, seed=seed
+        image_size=48,
+        vocab_size=128,
+        code_dim=8,
+        width=16,
+        blocks=0,
+        steps=300,
+        batch=32,
+        lr=3e-3,
+        decay=0.95,
+        seed=seed,
     )
 
 

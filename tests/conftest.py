@@ -12,7 +12,7 @@ _SCHEMAS: list[torch.library.Library] = []
 
 
 def _torchvision_schemas() -> None:
-    """torchvision's wheel beside a CPU build of torch cannot load its compiled ops; its Python needs their schemas only."""
+    """Beside a CPU build of torch, torchvision cannot load its compiled ops: its Python needs their schemas."""
     if not _SCHEMAS and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):

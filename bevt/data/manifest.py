@@ -310,7 +310,7 @@ def _read_list(path: Path) -> list[tuple[str, int | None]]:
 
 
 def guess_kind(source: str) -> Kind:
-    """`clips` or `images`: what a folder or list holds more of, by extension. Raises DataError where it holds neither."""
+    """`clips` or `images`: what a folder or list holds more of, by extension. DataError where it holds neither."""
     path = Path(source)
     if path.is_dir():
         every = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)

@@ -1,7 +1,7 @@
 """BEVT's two-stream masked model (paper section 3; official `swin_transformer_bevt.py` and `bevt_multisource_head.py`).
 
-Shape letters: B clips, M images, T frames, D = T / 2, H W of the first stage's map in tokens (pixels / 4), h w the token
-grid of the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
+Shape letters: B clips, M images, T frames, D = T / 2, H W the first stage's map in tokens (pixels / 4), h w the token grid
+of the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
 
 Both streams share the encoder, the mask token, the last LayerNorm and the head; the patch embeddings and the decoders
 are their own. Everything outside the encoder is linear. Only masked positions reach the head.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from bevt_kernels import Spec, masked_linear_cross_entropy, resolve
 from einops import rearrange
 from torch import Tensor, nn
 
-from bevt.config import ModelConfig
+from bevt.config import Impl, ModelConfig
 from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
 
 Stream = Literal["clips", "images"]
@@ -70,7 +70,7 @@ class PatchExpand(nn.ConvTranspose3d):
         fd, fh, fw = self.factor
         x = torch.matmul(x, self.weight.flatten(1))
         x = rearrange(x, "b d h w (c fd fh fw) -> b (d fd) (h fh) (w fw) c", fd=fd, fh=fh, fw=fw)
-        return x + self.bias.to(x.dtype)
+        return x + cast(Tensor, self.bias).to(x.dtype)
 
 
 class ImageDecoder(nn.Module):
@@ -126,7 +126,7 @@ class BEVT(nn.Module):
             "window_attention": resolve("window_attention", config.attention_impl, window),
             "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
         }
-        config = replace(config, attention_impl=self.implementations["window_attention"])
+        config = replace(config, attention_impl=cast(Impl, self.implementations["window_attention"]))
         dim = config.embed_dim * 8
         self.vocab_size, self.streams = vocab_size, tuple(streams)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
@@ -167,7 +167,7 @@ class BEVT(nn.Module):
         return x if clips else x.squeeze(1)
 
     def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats over the masked positions of the micro-batch, and their top-1 accuracy (scalars)."""
+        """Mean cross-entropy (nats) over the micro-batch's masked positions, and their top-1 accuracy; scalars."""
         features = self.decode(stream, inputs.pixels, inputs.mask)
         mask = inputs.mask.repeat_interleave(PATCH[0], dim=1) if stream == "clips" else inputs.mask
         index = masked_slots(mask, inputs.slots)
@@ -186,6 +186,6 @@ class BEVT(nn.Module):
         return out
 
     def predict(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Most likely code of every position, int64: clips (B, T, h, w), images (M, h, w). For pictures and evaluation."""
+        """Most likely code of every position, int64: clips (B, T, h, w), images (M, h, w)."""
         with torch.no_grad():
             return self.head(self.decode(stream, pixels, mask)).argmax(-1)

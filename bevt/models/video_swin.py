@@ -14,6 +14,8 @@ zero distance in time, so both streams of BEVT run through the same blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from bevt_kernels import window_attention
@@ -58,7 +60,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: tuple[int, ...], dim: int) -> None:
         super().__init__()
-        conv = nn.Conv3d if len(patch_size) == 3 else nn.Conv2d
+        conv: Any = nn.Conv3d if len(patch_size) == 3 else nn.Conv2d
         self.patch_size = patch_size
         self.proj = conv(3, dim, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
@@ -195,7 +197,7 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(dim) if index < len(config.depths) - 1 else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D, H, W, C) -> the stage's output before merging, and the next stage's input (the same after the last)."""
+        """(B, D, H, W, C) -> the stage's output before merging, and the next stage's input."""
         for block in self.blocks:
             x = block(x)
         return x, x if self.downsample is None else self.downsample(x)

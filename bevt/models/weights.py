@@ -1,7 +1,7 @@
 """Weights between checkpoints: the official BEVT names, torchvision's swin3d, and this project's own stages.
 
-A conversion here is a pure function from state dict to state dict. Only `load` writes into a model, and it is strict: what the caller
-did not name as expected to be missing or unused is an error that lists it.
+A conversion here is a pure function from state dict to state dict. Only `load` writes into a model, and it is strict:
+what the caller did not name as expected to be missing or unused is an error that lists it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Report:
         return text
 
 
-def load(model: nn.Module, state: Mapping[str, Tensor], *, missing: Sequence[str] = (), unused: Sequence[str] = ()) -> Report:
+def load(
+    model: nn.Module, state: Mapping[str, Tensor], *, missing: Sequence[str] = (), unused: Sequence[str] = ()
+) -> Report:
     """Copy `state` into `model`. `missing` and `unused` are regular expressions (full match) for expected leftovers.
 
     Raises WeightsError, before anything is written, for any other missing or unused key and for every other shape.
@@ -92,7 +94,9 @@ def from_official(state: Mapping[str, Tensor]) -> State:
     The tokenizer (`cls_head.vae_encoder.*`) and the derived `relative_position_index` buffers are left out. A model
     that runs these weights as their authors did has `quirks="official"`. Raises WeightsError for any unknown key.
     """
-    kept = {k: v for k, v in state.items() if not _matches(k, (r"cls_head\.vae_encoder\..*", r".*relative_position_index"))}
+    kept = {
+        k: v for k, v in state.items() if not _matches(k, (r"cls_head\.vae_encoder\..*", r".*relative_position_index"))
+    }
     return _renamed(kept, [(official, own) for own, official in OFFICIAL_NAMES], "an official BEVT checkpoint")
 
 
@@ -111,7 +115,7 @@ def from_official_backbone(state: Mapping[str, Tensor]) -> State:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> State:
-    """torchvision's `swin3d_*` under `VideoSwinClassifier`'s names. Raises WeightsError for any unknown key."""
+    """Torchvision's `swin3d_*` under `VideoSwinClassifier`'s names. Raises WeightsError for any unknown key."""
     kept = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
 
     def rename(key: str) -> str | None:
@@ -154,7 +158,9 @@ def inflate(state: Mapping[str, Tensor], window_size: tuple[int, int, int]) -> S
     """
     out = dict(state)
     frames = 2
-    out["patch_embed.proj.weight"] = state["patch_embed_2d.proj.weight"].unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    out["patch_embed.proj.weight"] = (
+        state["patch_embed_2d.proj.weight"].unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    )
     for name in ("proj.bias", "norm.weight", "norm.bias"):
         out[f"patch_embed.{name}"] = state[f"patch_embed_2d.{name}"].clone()
     depth, height, width = window_size

@@ -48,7 +48,7 @@ def draw(config: Config, out: Path, model: BEVT, tokenizer: Tokenizer, device: t
                 hidden[i].cpu(),
                 true_view,
                 guess_view,
-                title=batch.clip_ids[i].split("@")[0],
+                title=Path(batch.clip_ids[i].split("@")[0]).name,
             )
             written.append(path)
         if len(written) > CLIPS:

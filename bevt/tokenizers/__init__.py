@@ -35,8 +35,8 @@ class Tokenizer(Protocol):
 def build(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer `config` names, with its weights, in evaluation mode on the CPU.
 
-    Raises ConfigError (which key, what to do) for a missing path, FileNotFoundError and TokenizerError (the file, what is
-    wrong with it) for weights that are absent or of another model.
+    Raises ConfigError (which key, what to do) for a missing path, FileNotFoundError and TokenizerError (the file, what
+    is wrong with it) for weights that are absent or of another model.
     """
     if not config.path:
         raise ConfigError(

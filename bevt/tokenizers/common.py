@@ -60,7 +60,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file. FileNotFoundError; TokenizerError where it is damaged."""
+    """Tensors (on the CPU) and metadata of a safetensors file. FileNotFoundError; TokenizerError for damage."""
     path = check_file(path)
     try:
         with safe_open(str(path), framework="pt") as f:
@@ -162,7 +162,7 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file in which torch.save put a DALL-E encoder as a whole module, or any state dict, by dotted name.
 
     Runs none of the file's code. Reads both of torch.save's formats (zip; the one before 1.6). FileNotFoundError;
-    ValueError where the file is damaged, holds something else, or asks for a name outside the list (which one).
+    TokenizerError where the file is damaged, holds something else, or asks for a name outside the list (which one).
     """
     path = check_file(path)
     try:

@@ -91,7 +91,7 @@ def foreign_name(own: str, naming: Literal["published", "flava"]) -> str:
 def load_weights(encoder: DalleEncoder, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put `tensors`, under own, published or Flava names, into `encoder` as float32; `path` is for the message.
 
-    Raises ValueError: names of none of the three, or a list of all missing, unexpected and mis-shaped ones.
+    Raises TokenizerError: names of none of the three, or a list of all missing, unexpected and mis-shaped ones.
     """
     expected = {name: p.shape for name, p in encoder.named_parameters()}
     namings: list[dict[str, str]] = [
@@ -102,7 +102,9 @@ def load_weights(encoder: DalleEncoder, tensors: dict[str, Tensor], path: str | 
     names = max(namings, key=lambda names: len(names.keys() & tensors.keys()))
     if not names.keys() & tensors.keys():
         some = ", ".join(list(tensors)[:3])
-        raise common.TokenizerError(f"{path} holds no DALL-E encoder: its {len(tensors)} tensors are called {some}, ...")
+        raise common.TokenizerError(
+            f"{path} holds no DALL-E encoder: its {len(tensors)} tensors are called {some}, ..."
+        )
     common.check_weights(tensors, {name: expected[own] for name, own in names.items()}, path, "this DALL-E encoder")
     encoder.load_state_dict({own: tensors[name].float().contiguous() for name, own in names.items()}, assign=True)
 
@@ -123,7 +125,7 @@ class DalleTokenizer:
         """From the published `encoder.pkl` (a pickled module; its code is not run), a state dict, or safetensors.
 
         `impl` is `linear_argmax`'s; `encoder` says another size than the published one. Raises FileNotFoundError, and
-        ValueError where the file is damaged, asks for code, or holds other weights.
+        TokenizerError where the file is damaged, asks for code, or holds other weights.
         """
         if encoder is None:
             with torch.device("meta"):  # 53.8 M random numbers less to draw; every parameter is replaced below

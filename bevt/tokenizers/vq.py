@@ -195,10 +195,12 @@ class VQTokenizer:
 
     @classmethod
     def load(cls, path: str | Path, impl: Impl = "auto") -> VQTokenizer:
-        """From a file of `save`; `impl` is `linear_argmax`'s. FileNotFoundError; ValueError for another file."""
+        """From a file of `save`; `impl` is `linear_argmax`'s. FileNotFoundError; TokenizerError for another file."""
         tensors, metadata = common.read_safetensors(path)
         if metadata.get("format") != FORMAT:
-            raise common.TokenizerError(f"{path} is no VQ tokenizer of this project: its metadata lacks format = {FORMAT}")
+            raise common.TokenizerError(
+                f"{path} is no VQ tokenizer of this project: its metadata lacks format = {FORMAT}"
+            )
         try:
             config: VQConfig = from_dict(json.loads(metadata["config"]), VQConfig)
         except (KeyError, ValueError) as error:

@@ -65,7 +65,9 @@ def load(path: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this project (format {FORMAT}); to convert one of another see bevt.models.weights")
+        raise CheckpointError(
+            f"{path} is no checkpoint of this project (format {FORMAT}); to convert one of another see bevt.models.weights"
+        )
     return payload
 
 

@@ -114,7 +114,11 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "loader": loader.state_dict(),
-                    "versions": {"bevt": bevt.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+                    "versions": {
+                        "bevt": bevt.__version__,
+                        "torch": str(torch.__version__),
+                        "python": platform.python_version(),
+                    },
                     "implementations": model.implementations,
                 }
                 path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
@@ -259,7 +263,15 @@ def _note_bad_files(batches: list[Batch], path: Path, display: Display) -> None:
                 display.note(f"unreadable: {entry.path} ({entry.error}); read in its place: {entry.replaced_by}")
 
 
-def _finish(config: Config, out: Path, model: BEVT, tokenizer: tokenizers.Tokenizer, device: torch.device, step: int, writer: MetricsWriter | None) -> dict[str, float]:
+def _finish(
+    config: Config,
+    out: Path,
+    model: BEVT,
+    tokenizer: tokenizers.Tokenizer,
+    device: torch.device,
+    step: int,
+    writer: MetricsWriter | None,
+) -> dict[str, float]:
     """Score the held-out data and draw the pictures."""
     from bevt.evaluate.masked_tokens import evaluate
     from bevt.pictures.report import draw
@@ -331,7 +343,9 @@ class Meter:
         parameter = self.names[worst] if worst >= 0 else "none"
         values = {name: float(value) for name, value in result.values.items()}
         path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
-        path.write_text(json.dumps({"step": step, "parameter": parameter, "values": values, "inputs": ids}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"step": step, "parameter": parameter, "values": values, "inputs": ids}, indent=2) + "\n"
+        )
         raise RunError(
             f"step {step}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). "
             f"Nearest to the loss, the gradient of {parameter} is the first that is not. The step was not applied; its "
@@ -353,5 +367,3 @@ class Meter:
                 row[f"{stream}_per_second"] = getattr(self.config.train, stream) * count / seconds
         self._clear()
         return row
-
-

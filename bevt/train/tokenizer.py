@@ -28,7 +28,8 @@ def fit_tokenizer(config: Config, vq: VQConfig, out: Path, *, quiet: bool = Fals
     def report(step: int, metrics: dict[str, float]) -> None:
         display.step(step)
         display.text(
-            step, f"loss {metrics['loss']:.4f}  error {metrics['error']:.1f}/255  codes in the batch {metrics['codes']:.0f}"
+            step,
+            f"loss {metrics['loss']:.4f}  error {metrics['error']:.1f}/255  codes in the batch {metrics['codes']:.0f}",
         )
 
     frames = frame_batches(config, vq.batch, vq.seed)

@@ -22,7 +22,10 @@ def _inputs(seed: int = 0) -> dict[str, MaskedInput]:
     image_mask = torch.rand(3, 4, 6, generator=g) < 0.4
     return {
         "clips": MaskedInput(
-            torch.randn(2, 3, 8, 64, 96, generator=g), clip_mask, torch.randint(50, (2, 8, 4, 6), generator=g), 2 * 8 * 24
+            torch.randn(2, 3, 8, 64, 96, generator=g),
+            clip_mask,
+            torch.randint(50, (2, 8, 4, 6), generator=g),
+            2 * 8 * 24,
         ),
         "images": MaskedInput(
             torch.randn(3, 3, 64, 96, generator=g), image_mask, torch.randint(50, (3, 4, 6), generator=g), 3 * 24

@@ -167,7 +167,7 @@ def test_official_quirks_leave_clips_alone() -> None:
 
 def test_official_quirks_refuse_a_map_that_would_need_padding() -> None:
     attention = WindowAttention3D(32, 2, (8, 7, 7), (0, 0, 0), "official", "reference")
-    with pytest.raises(ValueError, match="12x12.*multiple of the 7x7 window"):
+    with pytest.raises(ValueError, match=r"12x12.*multiple of the 7x7 window"):
         attention(torch.randn(1, 1, 12, 12, 32))
 
 

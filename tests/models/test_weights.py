@@ -97,7 +97,9 @@ def test_inflation_repeats_the_image_model_over_time() -> None:
     assert all(name.startswith("video_decoder.") for name in report.missing)
     assert report.unused == ()
     table = joint.encoder.layers[0].blocks[0].attn.relative_position_bias_table.view(7, 25, 1)
-    assert all(torch.equal(table[i], image.encoder.layers[0].blocks[0].attn.relative_position_bias_table) for i in range(7))
+    assert all(
+        torch.equal(table[i], image.encoder.layers[0].blocks[0].attn.relative_position_bias_table) for i in range(7)
+    )
     pixels = torch.randn(2, 3, 64, 64)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     joint.eval(), image.eval()
@@ -107,9 +109,10 @@ def test_inflation_repeats_the_image_model_over_time() -> None:
 
 
 def test_inflation_refuses_tables_of_another_window() -> None:
+    flat = ModelConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(1, 3, 3))
+    state = BEVT(flat, 50, ("images",)).state_dict()
     with pytest.raises(WeightsError, match="25 rows; the table of a 2D window 7x7 has 169"):
-        flat = ModelConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(1, 3, 3))
-        weights.inflate(BEVT(flat, 50, ("images",)).state_dict(), (8, 7, 7))
+        weights.inflate(state, (8, 7, 7))
 
 
 def test_resized_tables_keep_a_linear_function_of_time() -> None:

@@ -88,7 +88,9 @@ def activation_bytes(config: Config) -> int:
         model = _model(config, vocab_size)
         for stream, count in counts.items():
             if count:
-                total += count * _saved_bytes(model, stream, _inputs(config, stream), t.precision)
+                # Linear in the batch but for what autocast makes of the weights, which two points separate.
+                one, two = (_saved_bytes(model, stream, _inputs(config, stream, n), t.precision) for n in (1, 2))
+                total += one + (count - 1) * (two - one)
     return total
 
 
@@ -177,18 +179,18 @@ def _fake(module: nn.Module) -> nn.Module:
     return module
 
 
-def _inputs(config: Config, stream: Stream) -> MaskedInput:
-    """One clip or image of the recipe's size, with as many slots as a mask covers on average."""
+def _inputs(config: Config, stream: Stream, batch: int = 1) -> MaskedInput:
+    """Clips or images of the recipe's size, with as many slots as a mask covers on average."""
     d, side = config.data, config.data.crop // 16
     if stream == "images":
         slots = _masked(config.image_mask, (1, side, side))
-        mask, codes = (torch.empty(1, side, side, dtype=t) for t in (torch.bool, torch.int64))
-        return MaskedInput(torch.empty(1, 3, d.crop, d.crop), mask, codes, slots)
+        mask, codes = (torch.empty(batch, side, side, dtype=t) for t in (torch.bool, torch.int64))
+        return MaskedInput(torch.empty(batch, 3, d.crop, d.crop), mask, codes, batch * slots)
     depth = d.frames // PATCH[0]
     slots = PATCH[0] * _masked(config.clip_mask, (depth, side, side))
-    mask = torch.empty(1, depth, side, side, dtype=torch.bool)
-    codes = torch.empty(1, d.frames, side, side, dtype=torch.int64)
-    return MaskedInput(torch.empty(1, 3, d.frames, d.crop, d.crop), mask, codes, slots)
+    mask = torch.empty(batch, depth, side, side, dtype=torch.bool)
+    codes = torch.empty(batch, d.frames, side, side, dtype=torch.int64)
+    return MaskedInput(torch.empty(batch, 3, d.frames, d.crop, d.crop), mask, codes, batch * slots)
 
 
 def _masked(config: MaskConfig, grid: tuple[int, int, int]) -> int:

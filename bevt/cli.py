@@ -210,25 +210,14 @@ def _data_index(argv: list[str]) -> int:
 
 def _data_check(argv: list[str]) -> int:
     args = _parse(DataCheckArgs, argv, "bevt data check")
-    from rich.console import Console
-    from rich.table import Table
-
     from bevt.data.manifest import check
 
     manifest = _indexed(args.source, args.kind, None)
     problems = check(manifest, args.span)
-    table = Table(show_lines=False, box=None, pad_edge=False)
-    for column in ("", "file", "what is wrong", "what to do"):
-        table.add_column(column, overflow="fold")
     for problem in problems:
-        table.add_row(problem.severity, problem.path, problem.what, problem.advice)
-    console = Console(highlight=False)
-    if problems:
-        console.print(table)
+        print(f"{problem.severity:8}{problem.path}: {problem.what}\n{'':8}{problem.advice}")
     errors = sum(problem.severity == "error" for problem in problems)
-    console.print(
-        f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks"
-    )
+    print(f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks")
     return 1 if errors else 0
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from bevt.data import shapes
 
 _SCHEMAS: list[torch.library.Library] = []
 """Keeps the schemas registered: they end with the object."""
@@ -33,3 +37,29 @@ def flava() -> ModuleType:
     """The transformers package, from which tests take `FlavaImageCodebook`."""
     _torchvision_schemas()  # transformers imports torchvision where that is installed
     return pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers>=4.50'")
+
+
+REAL_CLIPS = (
+    "kinetics_like_340x256_h264.mp4",
+    "ntsc_426x240_h264.mp4",
+    "short_32_frames_h264.mp4",
+    "ucf_like_320x240_mpeg4.avi",
+)
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """Folder of the four real clips."""
+    default = Path(__file__).parents[1] / "../shared/videos"
+    folder = Path(os.environ.get("BEVT_TEST_VIDEOS", default)).resolve()
+    missing = [name for name in REAL_CLIPS if not (folder / name).exists()]
+    if missing:
+        pytest.skip(f"no {missing[0]} in {folder}: point BEVT_TEST_VIDEOS at the folder of real clips")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> shapes.ShapesPaths:
+    """The embedded dataset, small: 7 training clips, 3 held-out ones; 10 and 5 stills."""
+    root = tmp_path_factory.mktemp("shapes")
+    return shapes.ensure(root, train_clips=7, val_clips=3, train_images=10, val_images=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from bevt.config import Config
 from bevt.data.build import eval_batches
 from bevt.models.bevt import BEVT, PATCH
 from bevt.tokenizers import Tokenizer
-from bevt.train.step import masked_inputs
+from bevt.train.step import autocast, masked_inputs
 
 
 def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
@@ -23,14 +25,15 @@ def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.de
     sums = {s: torch.zeros(2, dtype=torch.float64, device=device) for s in model.streams}
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in eval_batches(config):
+        with torch.no_grad(), closing(eval_batches(config)) as batches:
+            for batch in batches:
                 inputs = masked_inputs(batch.to(device), tokenizer, config)
                 for stream in model.streams:
                     if stream not in inputs:
                         continue
                     x = inputs[stream]
-                    loss, accuracy = model.stream_loss(stream, x)
+                    with autocast(config, device):
+                        loss, accuracy = model.stream_loss(stream, x)
                     mask = x.mask.repeat_interleave(PATCH[0], dim=1) if stream == "clips" else x.mask
                     codes = x.codes[mask]
                     counts[stream] += torch.bincount(codes, minlength=tokenizer.vocab_size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,34 @@ def save(folder: Path, step: int, payload: dict[str, Any], keep: int) -> Path:
     """Write `payload` as `folder/step_%08d.pt` and point `last.pt` at it; older ones than the newest `keep` go.
 
     The file appears under its name only after its bytes are on disk (fsync, then rename): a kill at any moment leaves
-    the previous checkpoint whole.
+    the previous checkpoint whole. Raises CheckpointError where it cannot be written (a full disk, say).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     part = path.with_suffix(".part")
-    with part.open("wb") as f:
-        torch.save({"format": FORMAT, "step": step, **payload}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
-    link = folder / "last.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    link.replace(folder / "last.pt")
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+        for orphan in folder.glob("*.part"):  # of a kill while one was written
+            orphan.unlink()
+        try:
+            with part.open("wb") as f:
+                torch.save({"format": FORMAT, "step": step, **payload}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        link = folder / "last.part"
+        link.symlink_to(path.name)
+        link.replace(folder / "last.pt")
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; make room or mend the folder, then continue with --resume"
+        ) from error
     for old in _steps(folder)[:-keep]:
         old.unlink()
     return path
@@ -59,8 +70,14 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is no checkpoint, or was cut short; give an older one of its run")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this project: it holds more than tensors and plain data, and pickled code is never run"
+        ) from error
     except Exception as error:  # torch raises a different type for every kind of damage
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error

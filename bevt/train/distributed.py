@@ -45,11 +45,19 @@ class World:
             values = values / self.size
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process."""
+    def all(self, flag: Tensor) -> Tensor:
+        """Whether `flag`, a bool scalar on the device, is set on all processes; it stays on the device."""
         if self.size == 1:
             return flag
-        total = torch.tensor(float(flag), device=self.device)
+        unset = (~flag).float()
+        dist.all_reduce(unset)
+        return unset == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process. The processes meet on the CPU: no device is waited for."""
+        if self.size == 1:
+            return flag
+        total = torch.tensor(float(flag))
         dist.all_reduce(total)
         return bool(total.item())
 
@@ -65,7 +73,7 @@ class World:
 
 
 def join_world() -> World:
-    """The world that torchrun's environment describes; one process without it. NCCL on GPUs, gloo on CPUs."""
+    """The world that torchrun's environment describes; one process without it. NCCL for GPU tensors, gloo for the CPU's."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
@@ -73,5 +81,5 @@ def join_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)

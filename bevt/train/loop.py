@@ -7,10 +7,12 @@ where a file could not be read, `nonfinite.json` where a loss was not finite, an
 from __future__ import annotations
 
 import json
+import math
 import platform
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,18 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         torch.set_num_threads(config.train.threads)
     tokenizer = tokenizers.build(config.tokenizer).to(world.device)
     start = saved["step"] if saved else 0
+    if saved and saved["vocab_size"] != tokenizer.vocab_size:
+        raise RunError(
+            f"{out} cannot be resumed: it predicts {saved['vocab_size']} codes, but the tokenizer "
+            f"{config.tokenizer.path} has {tokenizer.vocab_size}; give the run's own with --tokenizer.path"
+        )
     bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
-    loader = build_loader(config, rank=world.rank, world_size=world.size, start_step=start)
-    try:
+    with ExitStack() as stack:
+        loader = build_loader(config, rank=world.rank, world_size=world.size, start_step=start)
+        stack.callback(loader.close)
         steps = total_steps(config.optim, loader.steps_per_epoch)
         display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
+        stack.callback(display.close)
         torch.manual_seed(config.train.seed)
         model = build_model(config, tokenizer.vocab_size, world.device)
         optimizer = build_optimizer(model, config.optim)
@@ -102,9 +111,12 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         train_step = TrainStep(wrapped, tokenizer, optimizer, config, world)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         writer = MetricsWriter(out, start) if world.main else None
+        if writer:
+            stack.callback(writer.close)
         meter = Meter(config, world, names, out)
 
         def save(step: int) -> Path:
+            meter.check_finite()
             path = out / "checkpoints" / f"step_{step:08d}.pt"
             if world.main:
                 payload = {
@@ -127,39 +139,32 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
 
         batches = iter(loader)
         step, last = start, checkpoint.latest(out / "checkpoints")
-        try:
-            while step < steps and not world.any(stop.requested):
-                micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
-                result = train_step(step, learning_rate(config.optim, step, steps), micro)
-                step += 1
-                meter.add(step, micro, result)
-                display.step(step)
-                logged = step % config.train.log_every == 0 or step == steps
-                checkpointed = step % config.train.checkpoint_every == 0 or step == steps
-                if logged or checkpointed or world.device.type == "cpu":
-                    meter.check_finite()
-                if logged:
-                    row = meter.row(step, learning_rate(config.optim, step - 1, steps))
-                    if writer:
-                        writer.write(row)
-                    display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
-                _note_bad_files(micro, bad_files, display)
-                if checkpointed:
-                    last = save(step)
-            if step < steps:
+        while step < steps and not world.any(stop.requested):
+            micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
+            result = train_step(step, learning_rate(config.optim, step, steps), micro)
+            step += 1
+            meter.add(step, micro, result)
+            display.step(step)
+            _note_bad_files(micro, bad_files, display)
+            logged = step % config.train.log_every == 0 or step == steps
+            if logged or world.device.type == "cpu":
+                meter.check_finite()
+            if logged:
+                row = meter.row(step, learning_rate(config.optim, step - 1, steps))
+                if writer:
+                    writer.write(row)
+                display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
+            if step % config.train.checkpoint_every == 0 or step == steps:
                 last = save(step)
-                display.note(f"stopped at step {step} of {steps}; continue with --resume")
-            evaluation: dict[str, float] = {}
-            if step == steps and world.main and (config.data.val_clips or config.data.val_images):
-                evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
-            assert last is not None
-            return RunResult(step, steps, last, evaluation)
-        finally:
-            display.close()
-            if writer:
-                writer.close()
-    finally:
+        if step < steps:
+            last = save(step)
+            display.note(f"stopped at step {step} of {steps}; continue with --resume")
         loader.close()
+        evaluation: dict[str, float] = {}
+        if step == steps and world.main and (config.data.val_clips or config.data.val_images):
+            evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
+        assert last is not None
+        return RunResult(step, steps, last, evaluation)
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
@@ -183,6 +188,11 @@ def initialise(model: BEVT, config: Config) -> weights.Report:
     state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
     missing, unused = [], []
     try:
+        if saved["vocab_size"] != model.vocab_size:
+            raise weights.WeightsError(
+                f"its head predicts {saved['vocab_size']} codes, the tokenizer has {model.vocab_size}: "
+                "start from a run with the same tokenizer"
+            )
         if "clips" in model.streams and "clips" not in saved["streams"]:
             if window[0] == 1:
                 state = weights.inflate(state, config.model.window_size)
@@ -308,12 +318,11 @@ class Meter:
 
     def __init__(self, config: Config, world: World, names: list[str], out: Path) -> None:
         self.config, self.world, self.names, self.out = config, world, names, out
-        self._start = time.perf_counter()
+        self._unchecked: list[tuple[int, list[str], StepResult]] = []
         self._clear()
 
     def _clear(self) -> None:
         self._results: list[StepResult] = []
-        self._unchecked: list[tuple[int, list[str], StepResult]] = getattr(self, "_unchecked", [])
         self._waited = 0.0
         self._start = time.perf_counter()
 
@@ -333,22 +342,24 @@ class Meter:
     def check_finite(self) -> None:
         """Raise RunError for the first step since the last check whose loss or gradients were not finite.
 
-        The weights are still those before that step: its update was skipped on the device.
+        Its update was skipped on the device.
         """
         unchecked, self._unchecked = self._unchecked, []
-        if all(torch.stack([result.finite for _, _, result in unchecked]).tolist()):
+        if not unchecked or all(torch.stack([result.finite for _, _, result in unchecked]).tolist()):
             return
         step, ids, result = next(entry for entry in unchecked if not entry[2].finite)
         worst = int(result.worst)
-        parameter = self.names[worst] if worst >= 0 else "none"
+        parameter = self.names[worst] if worst >= 0 else None
+        where = f"the gradient of {parameter} is the first that is not" if parameter else "every gradient is finite"
         values = {name: float(value) for name, value in result.values.items()}
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}  # JSON has no NaN
         path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
         path.write_text(
-            json.dumps({"step": step, "parameter": parameter, "values": values, "inputs": ids}, indent=2) + "\n"
+            json.dumps({"step": step, "parameter": parameter, "values": plain, "inputs": ids}, indent=2) + "\n"
         )
         raise RunError(
             f"step {step}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). "
-            f"Nearest to the loss, the gradient of {parameter} is the first that is not. The step was not applied; its "
+            f"Going back from the loss, {where}. The step was not applied; its "
             f"{len(ids)} inputs are listed in {path}. A lower --optim.lr, --train.precision float32 or a longer "
             "warm-up are the usual cures"
         )

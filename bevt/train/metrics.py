@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class MetricsWriter:
     """Rows to `metrics.jsonl` and TensorBoard event files of one run folder.
 
-    A resumed run continues the file: rows past the checkpoint it starts from are dropped first, so that the file reads
-    like that of an uninterrupted run.
+    A run that starts from step `start_step` continues the files: rows written after that checkpoint are dropped first,
+    so that they read like those of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -22,12 +22,13 @@ class MetricsWriter:
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
+            # The row of a step comes before its checkpoint, the evaluation of the last step after it.
+            rows = [row for row in read_rows(self.path) if row["step"] < start_step + (row["event"] == "train")]
             part = self.path.with_suffix(".part")
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             part.replace(self.path)
         self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it needs `event` and `step`, numbers go to TensorBoard under `event/name`."""

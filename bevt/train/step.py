@@ -44,6 +44,11 @@ def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config) -> dict[st
     return inputs
 
 
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in `config.train.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed PyTorch's generators for one step: drop path is a function of (seed, step, rank), so a resumed run is the run."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
@@ -57,7 +62,7 @@ class StepResult:
     values: dict[str, Tensor]
     """Scalars: loss, loss_* and accuracy_* of each stream, grad_norm (before clipping)."""
     finite: Tensor
-    """Bool scalar: loss and all gradients were finite. Where it is False, the update was skipped."""
+    """Bool scalar: loss and all gradients were finite, on every process. Where it is False, the update was skipped."""
     worst: Tensor
     """Int scalar: index, in the order of `model.parameters()`, of the last non-finite gradient; -1 where all are finite."""
 
@@ -80,7 +85,7 @@ class TrainStep:
         for i, batch in enumerate(batches):
             inputs = masked_inputs(batch.to(device), self.tokenizer, config)
             with self.world.without_sync(self.model, skip=i < len(batches) - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
+                with autocast(config, device):
                     out = self.model(**inputs)
                 loss = torch.zeros((), device=device)
                 if "loss_images" in out:
@@ -99,7 +104,8 @@ class TrainStep:
         total = torch.linalg.vector_norm(norms)
         order = torch.arange(len(grads), device=norms.device)
         worst = torch.where(norms.isfinite(), -1, order).amax()
-        finite = sums["loss"].isfinite() & (worst < 0)
+        # Of all processes: one that skips what another applies would leave them with different weights.
+        finite = self.world.all(sums["loss"].isfinite() & (worst < 0))
         if self.config.optim.clip_grad > 0:
             torch._foreach_mul_(grads, (self.config.optim.clip_grad / (total + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:

@@ -1,0 +1,82 @@
+"""The budget against the published and the independently counted figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bevt import budget
+from bevt.config import ConfigError
+from bevt.recipes import RECIPES
+
+
+@pytest.fixture(scope="module")
+def joint() -> dict[str, budget.Component]:
+    return {row.name.strip(): row for row in budget.components(RECIPES["joint_stage"]())}
+
+
+@pytest.mark.parametrize(
+    ("row", "clip", "image"),
+    [
+        ("tokenizer (dalle)", 417.0, 26.06),
+        ("projections", 39.5, 4.93),
+        ("attention", 19.5, 0.30),
+        ("MLP", 78.9, 9.87),
+        ("merging", 2.5, 0.31),
+        ("decoders", 7.4, 0.51),
+        ("head, masked positions", 9.8, 0.82),
+    ],
+)
+def test_multiply_adds_of_swin_b(joint: dict[str, budget.Component], row: str, clip: float, image: float) -> None:
+    assert joint[row].clip_gmac == pytest.approx(clip, abs=0.06)
+    assert joint[row].image_gmac == pytest.approx(image, abs=0.006)
+
+
+def test_encoder_with_its_patch_embedding_is_the_published_cost(joint: dict[str, budget.Component]) -> None:
+    assert joint["encoder"].clip_gmac + joint["patch embedding"].clip_gmac == pytest.approx(140.7, abs=0.05)
+    assert joint["encoder"].image_gmac + joint["patch embedding"].image_gmac == pytest.approx(15.4, abs=0.05)
+
+
+def test_parts_of_the_encoder_add_up(joint: dict[str, budget.Component]) -> None:
+    parts = ("projections", "attention", "MLP", "merging")
+    assert sum(joint[p].clip_gmac for p in parts) == pytest.approx(joint["encoder"].clip_gmac)
+
+
+def test_parameters(joint: dict[str, budget.Component]) -> None:
+    assert joint["tokenizer (dalle)"].parameters == 53_786_240
+    assert joint["encoder"].parameters / 1e6 == pytest.approx(87.62, abs=0.01)
+    assert joint["head, masked positions"].parameters == 8192 * 1024 + 8192
+
+
+def test_a_joint_clip_costs_3_tflop(joint: dict[str, budget.Component]) -> None:
+    """One clip and eight images: tokenizer 40 %, encoder about half (3.14 with the head at 0.8 + 9.9 GMAC)."""
+    whole = [joint[n] for n in joint if n not in ("projections", "attention", "MLP", "merging")]
+    flop = {row.name: row.step_flop(1, 8) for row in whole}
+    assert sum(flop.values()) / 1e12 == pytest.approx(3.0, abs=0.05)
+    assert flop["tokenizer (dalle)"] / sum(flop.values()) == pytest.approx(0.42, abs=0.01)
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_precision() -> None:
+    config = RECIPES["demo_joint_stage"]()
+    once = budget.activation_bytes(config)
+    more = budget.activation_bytes(replace(config, train=replace(config.train, micro_clips=8, micro_images=32)))
+    half = budget.activation_bytes(replace(config, train=replace(config.train, precision="bfloat16")))
+    assert more == pytest.approx(2 * once, rel=1e-4)
+    assert 0.4 * once < half < once
+
+
+def test_hours_follow_devices_and_efficiency() -> None:
+    text = budget.budget(RECIPES["image_stage"](), 8, 790e12, 0.4, 240_000, 1_281_167)
+    half = budget.budget(RECIPES["image_stage"](), 8, 790e12, 0.2, 240_000, 1_281_167)
+
+    def hours(table: str) -> float:
+        return float(table.split(" hours", maxsplit=1)[0].rsplit(maxsplit=1)[-1])
+
+    assert "500456 steps" in text
+    assert hours(half) == pytest.approx(2 * hours(text), abs=0.11)
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--efficiency"):
+        budget.budget(RECIPES["image_stage"](), 8, 790e12, 1.4, 240_000, 1_281_167)

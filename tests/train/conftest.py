@@ -1,0 +1,59 @@
+"""What the trainer's tests run: a very small joint stage on the embedded dataset, with an untrained tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from bevt.data import shapes
+from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+
+CODES = 32
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded tokenizer of 32 codes."""
+    path = tmp_path_factory.mktemp("tokenizer") / "vq.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VQModel(VQConfig(image_size=32, vocab_size=CODES, code_dim=4, width=4, blocks=0))
+        torch.nn.init.normal_(model.codebook)
+    VQTokenizer(model).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config(dataset: shapes.ShapesPaths, tokenizer_path: Path) -> Config:
+    """Six steps of 2 clips and 4 images at 64 pixels in two micro-batches; in-process, every step logged."""
+    return Config(
+        recipe="joint_stage",
+        model=ModelConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 3, 3)),
+        tokenizer=TokenizerConfig(kind="vq", path=str(tokenizer_path)),
+        image_mask=MaskConfig(kind="block", min_block=4),
+        clip_mask=MaskConfig(kind="tube", min_block=4),
+        data=DataConfig(
+            clips=str(dataset.train_clips),
+            images=str(dataset.train_images),
+            frames=4,
+            stride=2,
+            short_side=(64, 80),
+            crop=64,
+            workers=0,
+        ),
+        optim=OptimConfig(lr=1e-3, max_steps=6, epochs=1, warmup_epochs=0.3),
+        train=TrainConfig(
+            clips=2,
+            images=4,
+            micro_clips=1,
+            micro_images=2,
+            precision="float32",
+            log_every=1,
+            checkpoint_every=2,
+            eval_clips=3,
+            eval_images=5,
+        ),
+    )

@@ -1,0 +1,46 @@
+"""Small runs, and what they wrote."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bevt.config import Config, to_dict
+from bevt.recipes import RECIPES
+from bevt.train.metrics import read_rows
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+"""For commands in processes of their own, installed or not."""
+RECIPE = "joint_stage"
+
+
+def changed(config: Config, **groups: dict[str, Any]) -> Config:
+    """`config` with other values: `changed(config, train={"clips": 0})`."""
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in groups.items()})
+
+
+def command(config: Config, out: Path, *options: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """`bevt pretrain` of `config`, every key that differs from the recipe's given as a flag."""
+    words = [*python, "-m", "bevt", "pretrain", RECIPE, "--out", str(out), *options]
+    base = to_dict(RECIPES[RECIPE]())
+    for group, values in to_dict(config).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if value != base[group][key]:
+                words.append(f"--{group}.{key}".replace("_", "-"))
+                words += map(str, value) if isinstance(value, list) else [str(value)]
+    return words
+
+
+def train_rows(out: Path) -> list[dict[str, Any]]:
+    """The training rows of a run."""
+    return [row for row in read_rows(out / "metrics.jsonl") if row["event"] == "train"]
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """The training rows without what a clock measured."""
+    timed = ("step_seconds", "data_wait", "clips_per_second", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in train_rows(out)]

@@ -79,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of this project: it holds more than tensors and plain data, and pickled code is never run"
         ) from error
     except Exception as error:  # torch raises a different type for every kind of damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(

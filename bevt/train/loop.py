@@ -352,7 +352,9 @@ class Meter:
         parameter = self.names[worst] if worst >= 0 else None
         where = f"the gradient of {parameter} is the first that is not" if parameter else "every gradient is finite"
         values = {name: float(value) for name, value in result.values.items()}
-        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}  # JSON has no NaN
+        plain = {
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
+        }  # JSON has no NaN
         path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
         path.write_text(
             json.dumps({"step": step, "parameter": parameter, "values": plain, "inputs": ids}, indent=2) + "\n"

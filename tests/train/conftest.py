@@ -10,6 +10,7 @@ import torch
 from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from bevt.data import shapes
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+from bevt.train.loop import pretrain
 
 CODES = 32
 
@@ -57,3 +58,11 @@ def config(dataset: shapes.ShapesPaths, tokenizer_path: Path) -> Config:
             eval_images=5,
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, finished."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    pretrain(config, out, quiet=True)
+    return out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bevt.config import Config, to_dict
 from bevt.recipes import RECIPES
+from bevt.train.loop import build_optimizer
 from bevt.train.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -44,3 +47,13 @@ def figures(out: Path) -> list[dict[str, Any]]:
     """The training rows without what a clock measured."""
     timed = ("step_seconds", "data_wait", "clips_per_second", "images_per_second")
     return [{key: value for key, value in row.items() if key not in timed} for row in train_rows(out)]
+
+
+def signalling() -> Callable[..., Any]:
+    """`build_optimizer` during which SIGTERM arrives."""
+
+    def build(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build_optimizer(*arguments)
+
+    return build

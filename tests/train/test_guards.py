@@ -1,0 +1,107 @@
+"""What a resumed run may change, and what is refused with its reason."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import changed, figures, train_rows
+
+from bevt.config import Config
+from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+from bevt.train import checkpoint
+from bevt.train.loop import RunError, pretrain
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, cut back to step 4."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    (out / "checkpoints" / "step_00000006.pt").unlink()
+    return out
+
+
+def test_an_existing_run_is_not_overwritten(config: Config, run: Path) -> None:
+    """Without `resume`, with or without a checkpoint."""
+    with pytest.raises(RunError, match=r"already holds a run: continue it with --resume, or name another folder"):
+        pretrain(config, run, quiet=True)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunError, match="already holds a run"):
+        pretrain(config, run, quiet=True)
+
+
+def test_changed_keys_are_named(config: Config, run: Path) -> None:
+    """Both values of every key."""
+    other = changed(config, optim={"lr": 2e-3}, model={"window_size": (2, 3, 3)})
+    with pytest.raises(RunError) as caught:
+        pretrain(other, run, resume=True, quiet=True)
+    assert "model.window_size = [4, 3, 3], now [2, 3, 3]; optim.lr = 0.001, now 0.002." in str(caught.value)
+
+
+def test_keys_that_may_change(config: Config, run: Path, finished: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Workers, intervals, and where data and tokenizer lie: the figures stay, bit for bit."""
+    moved = tmp_path / "moved"
+    shutil.copytree(config.data.clips, moved / "clips")
+    shutil.copy(tokenizer_path, moved / "vq.safetensors")
+    other = changed(
+        config,
+        data={"workers": 1, "prefetch": 1, "clips": str(moved / "clips")},
+        tokenizer={"path": str(moved / "vq.safetensors")},
+        train={"checkpoint_every": 5, "keep": 1, "eval_clips": 1},
+    )
+    assert pretrain(other, run, resume=True, quiet=True).finished
+    assert figures(run) == figures(finished)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000006.pt"]
+
+
+def test_other_data_is_refused(config: Config, run: Path, tmp_path: Path) -> None:
+    """One clip less."""
+    shutil.copytree(config.data.clips, tmp_path / "clips", ignore=shutil.ignore_patterns(".*"))
+    next((tmp_path / "clips").rglob("*.mp4")).unlink()
+    with pytest.raises(RunError, match=r"cannot be resumed: .*clips in the source was 7, is 6"):
+        pretrain(changed(config, data={"clips": str(tmp_path / "clips")}), run, resume=True, quiet=True)
+
+
+def test_a_tokenizer_of_other_size_is_refused(config: Config, run: Path, tmp_path: Path) -> None:
+    """The message has both vocabularies."""
+    path = tmp_path / "other.safetensors"
+    VQTokenizer(VQModel(VQConfig(image_size=32, vocab_size=16, code_dim=4, width=4, blocks=0))).save(path)
+    with pytest.raises(RunError, match=r"predicts 32 codes, but the tokenizer .*other.safetensors has 16"):
+        pretrain(changed(config, tokenizer={"path": str(path)}), run, resume=True, quiet=True)
+
+
+def test_resume_without_a_run_starts_one(config: Config, finished: Path, tmp_path: Path) -> None:
+    """Also where a run was killed before its first checkpoint: its rows go."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished / "metrics.jsonl", out)
+    pretrain(config, out, resume=True, quiet=True)
+    assert figures(out) == figures(finished)
+
+
+def test_a_finished_run_stays_as_it_is(config: Config, finished: Path, tmp_path: Path) -> None:
+    """Resumed again, it does no step."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    result = pretrain(config, out, resume=True, quiet=True)
+    assert (result.step, result.finished, result.checkpoint.name) == (6, True, "step_00000006.pt")
+    assert train_rows(out) == train_rows(finished)
+
+
+def test_damaged_checkpoint(config: Config, run: Path) -> None:
+    """The newest one is cut short (by a disk): the file is named."""
+    newest = run / "checkpoints" / "step_00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_00000004.pt is no checkpoint, or was cut short"):
+        pretrain(config, run, resume=True, quiet=True)
+
+
+def test_folder_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
+    """A file in its place or above it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file is a file; name a folder"):
+        pretrain(config, tmp_path / "file", quiet=True)
+    with pytest.raises(RunError, match=r"cannot write to --out .*/file/run: Not a directory"):
+        pretrain(config, tmp_path / "file" / "run", quiet=True)

@@ -6,15 +6,16 @@ traceback; a traceback is a defect of this program.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 
-from bevt.config import Config, ConfigError, DataConfig, TrainConfig, UserError, keys, nearest
+from bevt.config import Config, ConfigError, DataConfig, TrainConfig, UserError, keys, nearest, resized
 
 if TYPE_CHECKING:
     from bevt.data.manifest import Manifest
@@ -42,6 +43,8 @@ class PretrainArgs:
     out: Path
     """Folder of the run: configuration, metrics, checkpoints, pictures."""
     config: Annotated[Config, tyro.conf.arg(name="")]
+    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
+    """A published Video Swin size in place of the recipe's model.embed-dim, model.depths and model.num-heads."""
     resume: bool = False
     """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
 
@@ -112,6 +115,8 @@ class BudgetArgs:
     """What a recipe costs, component by component. Counted, not measured, but for the efficiency you give."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
+    """A published Video Swin size in place of the recipe's."""
     gpus: int = 8
     """Devices."""
     tflops: float = 790.0
@@ -150,12 +155,19 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
     return RECIPES[argv[0]](), argv[1:]
 
 
+def _sized(args: PretrainArgs | BudgetArgs) -> Config:
+    """The configuration, with the size that was asked for."""
+    if args.size == "recipe":
+        return args.config
+    return replace(args.config, model=resized(args.config.model, args.size))
+
+
 def _pretrain(argv: list[str]) -> int:
     default, rest = _recipe(argv, "pretrain")
     args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
     from bevt.train.loop import pretrain
 
-    result = pretrain(args.config, args.out, resume=args.resume)
+    result = pretrain(_sized(args), args.out, resume=args.resume)
     print(
         f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}"
     )
@@ -247,7 +259,7 @@ def _budget(argv: list[str]) -> int:
     args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
     from bevt.budget import budget
 
-    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
+    print(budget(_sized(args), args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
     return 0
 
 
@@ -289,6 +301,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `bevt` and `python -m bevt`."""
+    # Before torch loads its OpenMP: threads that sleep at barriers, not spin. Beside one busy process on two cores, a
+    # step of the demo took 1.3 s so and 18 s with spinning threads; decoding processes are such neighbours.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)

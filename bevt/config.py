@@ -48,6 +48,23 @@ class ModelConfig:
     """Implementation of `bevt_kernels.masked_linear_cross_entropy`."""
 
 
+Size = Literal["tiny", "small", "base", "large"]
+
+SIZES: dict[Size, ModelConfig] = {
+    "tiny": ModelConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "small": ModelConfig(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "base": ModelConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "large": ModelConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+"""The published Video Swin models (arXiv 2106.13230, section 3.3)."""
+
+
+def resized(model: ModelConfig, size: Size) -> ModelConfig:
+    """`model` with the channels, depths and heads of a published size."""
+    named = SIZES[size]
+    return dataclasses.replace(model, embed_dim=named.embed_dim, depths=named.depths, num_heads=named.num_heads)
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The frozen tokenizer whose codes are the targets."""

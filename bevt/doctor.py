@@ -9,8 +9,6 @@ import platform
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 OPTIONAL = {
     "triton": "GPU kernels",
@@ -22,19 +20,16 @@ OPTIONAL = {
 
 def doctor() -> int:
     """Print the report; the exit status: 1 where something that training needs is missing."""
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(show_header=False, box=None, pad_edge=False)
     problems: list[str] = []
     for name, check in CHECKS.items():
         text, problem = check()
-        table.add_row(name, text)
+        print(f"{name:16}{text}")
         if problem:
             problems.append(problem)
-    console.print(table)
     for problem in problems:
-        console.print(f"missing: {problem}")
+        print(f"missing: {problem}")
     if not problems:
-        console.print("nothing that training needs is missing")
+        print("nothing that training needs is missing")
     return 1 if problems else 0
 
 
@@ -64,7 +59,7 @@ def _implementations() -> tuple[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = Spec(device, torch.float32, True, (8, 7, 7), 32)
     ops = ("window_attention", "masked_linear_cross_entropy", "linear_argmax")
-    return ", ".join(f"{op} {resolve(op, 'auto', spec)}" for op in ops), ""
+    return f"\n{'':16}".join(f"{op}: {resolve(op, 'auto', spec)}" for op in ops), ""
 
 
 def _native() -> tuple[str, str]:
@@ -99,7 +94,7 @@ def _packages() -> tuple[str, str]:
         except ModuleNotFoundError:
             present = False
         found.append(f"{name} ({use}): {'installed' if present else 'not installed'}")
-    return "\n".join(found), ""
+    return f"\n{'':16}".join(found), ""
 
 
 def _apex() -> tuple[str, str]:

@@ -17,9 +17,9 @@ from bevt.train.step import autocast, masked_inputs
 def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
     """Score the held-out samples that `config.data.val_*` and `config.train.eval_*` name.
 
-    Of each stream present: `val_loss_*` (nats) and `val_accuracy_*`, means over all masked positions of all samples; and of
-    the very same positions' codes: `entropy_*` (nats; the loss of the best constant prediction), `commonest_*` (the
-    accuracy of the best constant prediction) and `codes_*` (how many codes occur).
+    Of each stream present: `val_loss_*` (nats) and `val_accuracy_*`, means over all masked positions of all samples;
+    and of the very same positions' codes: `entropy_*` (nats; the loss of the best constant prediction), `commonest_*`
+    (the accuracy of the best constant prediction) and `codes_*` (how many codes occur).
     """
     counts = {s: torch.zeros(tokenizer.vocab_size, dtype=torch.float64, device=device) for s in model.streams}
     sums = {s: torch.zeros(2, dtype=torch.float64, device=device) for s in model.streams}

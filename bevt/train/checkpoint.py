@@ -76,14 +76,16 @@ def load(path: Path) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is no checkpoint of this project: it holds more than tensors and plain data, and pickled code is never run"
+            f"{path} is no checkpoint of this project: it holds more than tensors and plain data, "
+            "and pickled code is never run"
         ) from error
     except Exception as error:  # torch raises a different type for every kind of damage
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no checkpoint of this project (format {FORMAT}); to convert one of another see bevt.models.weights"
+            f"{path} is no checkpoint of this project (format {FORMAT}); "
+            "to convert one of another see bevt.models.weights"
         )
     return payload
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """One process among all processes of the run."""
 
     rank: int
     size: int
@@ -33,7 +33,7 @@ class World:
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def without_sync(self, model: nn.Module, skip: bool) -> AbstractContextManager[None]:
-        """A context in which backward leaves gradients on this process, if `skip`: all but a step's last micro-batch."""
+        """A context in which backward leaves gradients on this process, if `skip`: until a step's last micro-batch."""
         if skip and isinstance(model, DistributedDataParallel):
             return cast(AbstractContextManager[None], model.no_sync())
         return nullcontext()
@@ -73,7 +73,7 @@ class World:
 
 
 def join_world() -> World:
-    """The world that torchrun's environment describes; one process without it. NCCL for GPU tensors, gloo for the CPU's."""
+    """The world that torchrun's environment describes; one process without it. NCCL for GPUs, gloo for CPUs."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")

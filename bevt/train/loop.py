@@ -34,8 +34,8 @@ from bevt.train.step import StepResult, TrainStep
 
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep", "train.threads",
-    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "data.val_clips", "data.val_images",
-    "data.clips", "data.images", "tokenizer.path", "init",
+    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "data.clips", "data.images",
+    "data.val_clips", "data.val_images", "tokenizer.path", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
 
@@ -52,7 +52,7 @@ class RunResult:
     steps: int
     checkpoint: Path
     evaluation: dict[str, float]
-    """Held-out figures (`bevt.evaluate.masked_tokens`); empty where no held-out data was named or the run was stopped."""
+    """Held-out figures (`bevt.evaluate.masked_tokens`); empty without held-out data or where the run was stopped."""
 
     @property
     def finished(self) -> bool:
@@ -88,7 +88,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         )
     bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
     with ExitStack() as stack:
-        loader = build_loader(config, rank=world.rank, world_size=world.size, start_step=start)
+        loader = build_loader(config, rank=world.rank, world_size=world.size)
         stack.callback(loader.close)
         steps = total_steps(config.optim, loader.steps_per_epoch)
         display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
@@ -146,7 +146,9 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
             meter.add(step, micro, result)
             display.step(step)
             _note_bad_files(micro, bad_files, display)
-            logged = step % config.train.log_every == 0 or step == steps
+            checkpointed = step % config.train.checkpoint_every == 0 or step == steps
+            # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
+            logged = step % config.train.log_every == 0 or checkpointed
             if logged or world.device.type == "cpu":
                 meter.check_finite()
             if logged:
@@ -154,7 +156,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                 if writer:
                     writer.write(row)
                 display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
-            if step % config.train.checkpoint_every == 0 or step == steps:
+            if checkpointed:
                 last = save(step)
         if step < steps:
             last = save(step)
@@ -352,18 +354,16 @@ class Meter:
         parameter = self.names[worst] if worst >= 0 else None
         where = f"the gradient of {parameter} is the first that is not" if parameter else "every gradient is finite"
         values = {name: float(value) for name, value in result.values.items()}
-        plain = {
-            name: value if math.isfinite(value) else str(value) for name, value in values.items()
-        }  # JSON has no NaN
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}  # JSON has no NaN
         path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
         path.write_text(
             json.dumps({"step": step, "parameter": parameter, "values": plain, "inputs": ids}, indent=2) + "\n"
         )
         raise RunError(
-            f"step {step}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). "
-            f"Going back from the loss, {where}. The step was not applied; its "
-            f"{len(ids)} inputs are listed in {path}. A lower --optim.lr, --train.precision float32 or a longer "
-            "warm-up are the usual cures"
+            f"step {step}: the loss or a gradient is not finite "
+            f"({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). Going back from the loss, {where}. "
+            f"The step was not applied; its {len(ids)} inputs are listed in {path}. "
+            "A lower --optim.lr, --train.precision float32 or a longer warm-up are the usual cures"
         )
 
     def row(self, step: int, lr: float) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed PyTorch's generators for one step: drop path is a function of (seed, step, rank), so a resumed run is the run."""
+    """Seed PyTorch for one step: drop path is a function of (seed, step, rank), so a resumed run is the run."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     torch.manual_seed(mixed)
 
@@ -64,7 +64,7 @@ class StepResult:
     finite: Tensor
     """Bool scalar: loss and all gradients were finite, on every process. Where it is False, the update was skipped."""
     worst: Tensor
-    """Int scalar: index, in the order of `model.parameters()`, of the last non-finite gradient; -1 where all are finite."""
+    """Int scalar: index, in the order of `model.parameters()`, of the last non-finite gradient; -1: all are finite."""
 
 
 class TrainStep:

@@ -1,4 +1,4 @@
-"""What the data tests read: a configuration for the small embedded dataset, and the real clips where they are present."""
+"""Data tests: a configuration for the small embedded dataset."""
 
 from __future__ import annotations
 

@@ -10,16 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bevt.config import ModelConfig
+from bevt.config import SIZES, ModelConfig
 from bevt.models import weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.video_swin import DropPath, PatchMerging, VideoSwin, WindowAttention3D, clip_window
 
-SIZES = {
-    "swin3d_t": ModelConfig(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin3d_s": ModelConfig(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin3d_b": ModelConfig(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-}
+TORCHVISION = {"swin3d_t": SIZES["tiny"], "swin3d_s": SIZES["small"], "swin3d_b": SIZES["base"]}
 TINY = ModelConfig(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(8, 7, 7), drop_path=0.0)
 
 
@@ -44,7 +40,7 @@ def _torchvision(video: ModuleType, name: str) -> nn.Module:
 )
 def test_outputs_equal_torchvision(torchvision_video: ModuleType, name: str, size: tuple[int, int, int]) -> None:
     theirs = _torchvision(torchvision_video, name)
-    ours = VideoSwinClassifier(SIZES[name], 400).eval()
+    ours = VideoSwinClassifier(TORCHVISION[name], 400).eval()
     weights.load(ours, weights.from_torchvision(theirs.state_dict()))
     clips = torch.randn(1, 3, *size)
     with torch.no_grad():
@@ -53,12 +49,12 @@ def test_outputs_equal_torchvision(torchvision_video: ModuleType, name: str, siz
     assert error <= 1e-4, f"{name} at {size}: relative difference {error:.2e}"
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_names_round_trip(torchvision_video: ModuleType, name: str) -> None:
     with torch.device("meta"):
         theirs = getattr(torchvision_video, name)().state_dict()
     with torch.device("meta"):
-        ours = VideoSwinClassifier(SIZES[name], 400).state_dict()
+        ours = VideoSwinClassifier(TORCHVISION[name], 400).state_dict()
     renamed = weights.from_torchvision(theirs)
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
     back = weights.to_torchvision(ours, (8, 7, 7))
@@ -85,7 +81,7 @@ def test_swin_b_multiply_adds(shape: tuple[int, ...], published: float, digits: 
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("swin3d_t", 28.16), ("swin3d_s", 49.82), ("swin3d_b", 88.05)]
+    ("name", "millions"), [("tiny", 28.16), ("small", 49.82), ("base", 88.05), ("large", 196.95)]
 )  # torchvision's published sizes, 400 classes
 def test_parameter_counts(name: str, millions: float) -> None:
     with torch.device("meta"):

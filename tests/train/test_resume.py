@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +82,14 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def wait_for_end(processes: set[int]) -> set[int]:
-    """Those that are still there after a while."""
+def wait_for_end(processes: set[int], most: int = 0) -> set[int]:
+    """Those of which more than `most` are still there after a while."""
     deadline = time.monotonic() + 20
-    while (alive := {pid for pid in processes if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
+    while True:
+        alive = {pid for pid in processes if Path(f"/proc/{pid}").exists()}
+        if len(alive) <= most or time.monotonic() > deadline:
+            return alive
         time.sleep(0.05)
-    return alive
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -156,25 +160,42 @@ def test_signal_handlers_are_put_back(finished: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_crash_then_resume_in_the_same_process(
-    config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error at step 5, after the checkpoint of step 4: no process or open file is left, and the run can go on."""
+def fail_at(step: int) -> Callable[[MetricsWriter, dict[str, Any]], None]:
+    """`MetricsWriter.write` that fails once the row of that step is written."""
+    original = MetricsWriter.write
 
-    def fail(self: MetricsWriter, row: dict[str, Any]) -> None:
-        write(self, row)
-        if row["step"] == 5:
+    def write(self: MetricsWriter, row: dict[str, Any]) -> None:
+        original(self, row)
+        if row["step"] == step:
             raise RuntimeError("no more")
 
-    write = MetricsWriter.write
+    return write
+
+
+def test_error_in_the_loop(config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step 5, after the checkpoint of step 4: no process and no open file is left, and the run can go on."""
     helped = changed(config, data={"workers": 1})
     children, files = descendants(os.getpid()), len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsWriter, "write", fail)
+        patch.setattr(MetricsWriter, "write", fail_at(5))
         with pytest.raises(RuntimeError, match="no more"):
             pretrain(helped, tmp_path, quiet=True)
     servers = 2  # the fork server and the resource tracker of this process stay
-    assert len(wait_for_end(descendants(os.getpid()) - children)) <= servers
+    assert not multiprocessing.active_children()
+    assert len(wait_for_end(descendants(os.getpid()) - children, servers)) <= servers
     assert len(os.listdir("/proc/self/fd")) <= files + 2 * servers
     pretrain(helped, tmp_path, resume=True, quiet=True)
     assert figures(tmp_path) == figures(finished)
+
+
+def test_rows_of_several_steps(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their means do not depend on the cut either, whatever the intervals."""
+    config = changed(config, train={"log_every": 2, "checkpoint_every": 3})
+    pretrain(config, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", fail_at(4))
+        with pytest.raises(RuntimeError, match="no more"):
+            pretrain(config, tmp_path / "run", quiet=True)
+    pretrain(config, tmp_path / "run", resume=True, quiet=True)
+    assert [row["step"] for row in figures(tmp_path / "run")] == [2, 3, 4, 6]
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")

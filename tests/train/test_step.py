@@ -1,0 +1,209 @@
+"""One optimizer step: how micro-batches add up, what is skipped, and that nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import changed
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bevt import tokenizers
+from bevt.config import Config
+from bevt.data.batch import Batch
+from bevt.models.bevt import BEVT
+from bevt.train.distributed import World
+from bevt.train.loop import build_model
+from bevt.train.optim import build_optimizer
+from bevt.train.step import StepResult, TrainStep
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def plain(config: Config) -> Config:
+    """Without drop path, which draws by micro-batch."""
+    return changed(config, model={"drop_path": 0.0})
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """4 clips and 8 images with equally many masked positions in each sample: 6 a frame, of at most 8."""
+    rng = torch.Generator().manual_seed(0)
+
+    def masks(*shape: int) -> Tensor:
+        order = torch.rand(*shape, 16, generator=rng).argsort(-1)
+        return (order < 6).unflatten(-1, (4, 4))
+
+    return Batch(
+        clips=torch.randint(256, (4, 4, 64, 64, 3), generator=rng, dtype=torch.uint8),
+        clip_masks=masks(4, 2),
+        images=torch.randint(256, (8, 64, 64, 3), generator=rng, dtype=torch.uint8),
+        image_masks=masks(8),
+        image_jitter=torch.tensor([[1.1, 0.9, 1.2, 2.0, 0.0, 1.0]]).repeat(8, 1),
+    )
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Equal consecutive shares."""
+    tensors = ("clips", "clip_masks", "images", "image_masks", "image_jitter")
+    shares = zip(*(getattr(batch, name).chunk(parts) for name in tensors))
+    return [Batch(**dict(zip(tensors, share))) for share in shares]
+
+
+def trainer(config: Config, seed: int = 0) -> tuple[BEVT, TrainStep]:
+    """A seeded model and what steps it."""
+    tokenizer = tokenizers.build(config.tokenizer)
+    torch.manual_seed(seed)
+    model = build_model(config, tokenizer.vocab_size, WORLD.device)
+    return model, TrainStep(model, tokenizer, build_optimizer(model, config.optim), config, WORLD)
+
+
+def gradients(config: Config, batches: list[Batch]) -> tuple[StepResult, dict[str, Tensor]]:
+    """What a step leaves, and the gradients it summed up (before clipping)."""
+    model, step = trainer(changed(config, optim={"clip_grad": 0.0}))
+    found: dict[str, Tensor] = {}
+    apply: Callable[..., Any] = step.optimizer.step
+
+    def record() -> None:
+        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        apply()
+
+    step.optimizer.step = record  # type: ignore[method-assign,assignment]
+    return step(0, 1e-3, batches), found
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_add_up(plain: Config, batch: Batch, parts: int) -> None:
+    """Equal counts of masked positions: the mean of the micro-batches' means is the batch's mean.
+
+    Rounding: 1e-5 of the largest element of each gradient; a share's missing factor would be 1/2 or more.
+    """
+    whole, expected = gradients(plain, [batch])
+    result, got = gradients(plain, split(batch, parts))
+    for name, value in whole.values.items():
+        torch.testing.assert_close(result.values[name], value, rtol=1e-5, atol=1e-6)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (got[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, (name, error)
+
+
+def test_micro_batches_weigh_equally(plain: Config, batch: Batch) -> None:
+    """Unequal counts: the loss is the mean of the micro-batches' losses, however many positions each masks."""
+    first, second = split(batch, 2)
+    assert first.image_masks is not None
+    first = replace(first, image_masks=first.image_masks & (torch.arange(16).view(4, 4) < 8))
+    alone = [gradients(plain, [part])[0].values for part in (first, second)]
+    together = gradients(plain, [first, second])[0].values
+    for name in ("loss", "loss_clips", "loss_images", "accuracy_images"):
+        torch.testing.assert_close(together[name], (alone[0][name] + alone[1][name]) / 2)
+
+
+def test_loss_weight(plain: Config, batch: Batch) -> None:
+    """Lambda multiplies the clips' loss."""
+    values = gradients(changed(plain, train={"loss_weight": 0.25}), [batch])[0].values
+    torch.testing.assert_close(values["loss"], values["loss_images"] + 0.25 * values["loss_clips"])
+
+
+def test_one_stream(plain: Config, batch: Batch) -> None:
+    """Clips or images alone: every parameter of the model still has a gradient."""
+    alone = {
+        "clips": replace(batch, images=None, image_masks=None, image_jitter=None),
+        "images": replace(batch, clips=None, clip_masks=None),
+    }
+    for stream, other in (("clips", "images"), ("images", "clips")):
+        config = changed(plain, train={other: 0})
+        result, found = gradients(config, [alone[stream]])
+        assert set(result.values) == {"loss", f"loss_{stream}", f"accuracy_{stream}", "grad_norm"}
+        assert bool(result.finite)
+        assert set(found) == {name for name, _ in trainer(config)[0].named_parameters()}
+
+
+def test_clipping(plain: Config, batch: Batch) -> None:
+    """`grad_norm` is the norm before; Adam's first moment shows that it is `clip_grad` after."""
+    model, step = trainer(changed(plain, optim={"clip_grad": 0.5}))
+    result = step(0, 1e-3, [batch])
+    expected = gradients(plain, [batch])[1]
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).double().norm().float()
+    assert norm > 0.5
+    torch.testing.assert_close(result.values["grad_norm"], norm)
+    moments = torch.cat([step.optimizer.state[p]["exp_avg"].flatten() for p in model.parameters()])
+    torch.testing.assert_close(moments.norm() / (1 - 0.9), torch.tensor(0.5), rtol=1e-4, atol=0)
+
+
+def test_randomness_follows_seed_step_and_rank(config: Config, batch: Batch) -> None:
+    """Drop path: whatever ran before, the same step draws the same; another step, seed or rank does not."""
+
+    def loss(config: Config, step: int, rank: int) -> float:
+        _, train_step = trainer(config)
+        train_step.world = World(rank, 1, WORLD.device)
+        torch.rand(step + 7)
+        return float(train_step(step, 1e-3, [batch]).values["loss"])
+
+    strong = changed(config, model={"drop_path": 0.9})
+    assert loss(strong, 3, 0) == loss(strong, 3, 0)
+    others = [loss(strong, 4, 0), loss(strong, 3, 1), loss(changed(strong, train={"seed": 1}), 3, 0)]
+    assert len({loss(strong, 3, 0), *others}) == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(plain: Config, batch: Batch, bad: float) -> None:
+    """Two gradients go bad on the second step: it is skipped, and the one nearest to the loss is named."""
+    model, step = trainer(plain)
+    step(0, 1e-3, [batch])
+    names = [name for name, _ in model.named_parameters()]
+    early, late = "encoder.layers.0.blocks.0.mlp.fc1.weight", "video_decoder.fuse.bias"
+    assert names.index(early) < names.index(late)
+    hooks = [model.get_parameter(name).register_hook(lambda gradient: gradient * bad) for name in (early, late)]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = {
+        name: {key: value.clone() for key, value in step.optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+    }
+    result = step(1, 1e-3, [batch])
+    assert not result.finite
+    assert names[int(result.worst)] == late
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for name, p in model.named_parameters():
+        assert all(torch.equal(value, moments[name][key]) for key, value in step.optimizer.state[p].items()), name
+    for hook in hooks:
+        hook.remove()
+    assert step(2, 1e-3, [batch]).finite
+    assert not torch.equal(model.head.weight, weights["head.weight"])
+
+
+class Waits(TorchDispatchMode):
+    """Records operations for whose result a GPU would make Python wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass on, and look at what is called."""
+        name = func.name()
+        masked = name.startswith("aten::index") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+        if masked or name.removeprefix("aten::").split(".")[0].lstrip("_") in {word.lstrip("_") for word in waiting}:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(config: Config, batch: Batch) -> None:
+    """No scalar is read, no shape depends on a value, in a step of two micro-batches; the probe itself works."""
+    _, step = trainer(config)
+    with Waits() as waits:
+        result = step(0, 1e-3, split(batch, 2))
+    assert waits.found == []
+    with waits:
+        float(result.values["loss"])
+        batch.clips[batch.clip_masks[:, 0, 0, 0]]  # type: ignore[index]
+    assert waits.found == ["aten::_local_scalar_dense", "aten::index.Tensor"]

@@ -138,7 +138,8 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     console.print(
         f"one device: weights, gradients, AdamW {16 * trained / 2**30:.2f} GiB; kept for the backward pass "
         f"{saved / 2**30:.2f} GiB (micro-batch of {t.micro_clips * bool(t.clips)} clips + "
-        f"{t.micro_images * bool(t.images)} images, {t.precision}); about {math.ceil(per_device)} micro-batches a step on {gpus} devices\n"
+        f"{t.micro_images * bool(t.images)} images, {t.precision}); {math.ceil(per_device)} micro-batches a step on "
+        f"{gpus} devices\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
         f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
     )

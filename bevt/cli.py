@@ -168,6 +168,8 @@ def _pretrain(argv: list[str]) -> int:
     from bevt.train.loop import pretrain
 
     result = pretrain(_sized(args), args.out, resume=args.resume)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     print(
         f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}"
     )
@@ -235,20 +237,14 @@ def _data_check(argv: list[str]) -> int:
 
 def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
-    from rich.progress import Progress
-
     from bevt.data.manifest import Manifest, cache_path, guess_kind, index
+    from bevt.train.metrics import counting
 
     if source.endswith(".jsonl"):
         return Manifest.load(source)
     chosen = guess_kind(source) if kind == "auto" else kind
-    with Progress(transient=True) as bar:
-        task = bar.add_task(f"probing {chosen}", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        cache = out or cache_path(Path(source), chosen)
+    cache = out or cache_path(Path(source), chosen)
+    with counting(f"probing {chosen}") as progress:
         manifest = index(source, chosen, cache=cache, progress=progress)
     print(f"manifest: {cache}")
     return manifest

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,7 +74,7 @@ class TokenizerConfig:
     kind: Literal["dalle", "vq"] = "dalle"
     """`dalle`: the published dVAE encoder, 8192 codes. `vq`: one trained by `bevt tokenizer fit`."""
     path: str = ""
-    """`dalle`: the weights, `encoder.pkl` or `.safetensors`. `vq`: the `.safetensors` that `bevt tokenizer fit` wrote."""
+    """`dalle`: `encoder.pkl`, or its weights as `.safetensors`. `vq`: what `bevt tokenizer fit` wrote."""
     impl: Impl = "auto"
     """Implementation of `bevt_kernels.linear_argmax`."""
 
@@ -270,41 +272,91 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 def check(config: Config) -> None:
     """Raise ConfigError where the configuration cannot be run, naming the key. Touches no file."""
     m, d, t, o = config.model, config.data, config.train, config.optim
+    _check_ranges(config)
     if not len(m.depths) == len(m.num_heads) == 4:
         raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
     for i, heads in enumerate(m.num_heads):
-        if (m.embed_dim << i) % heads:
+        if heads < 1 or (m.embed_dim << i) % heads:
             raise ConfigError(
                 f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
             )
-    if d.crop % 32 or d.crop <= 0:
+    if d.crop % 32:
         raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
     if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
         raise ConfigError(
             f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
         )
-    if d.frames <= 0 or d.frames % 2:
-        raise ConfigError(f"data.frames must be even and above 0 (a token spans two frames), got {d.frames}")
-    if t.clips < 0 or t.images < 0 or t.clips + t.images == 0:
+    if d.frames % 2:
+        raise ConfigError(f"data.frames must be even (a token spans two frames), got {d.frames}")
+    if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
-    if t.clips and not d.clips:
-        raise ConfigError(
-            "data.clips is empty but train.clips is not 0: name a folder of videos, or set train.clips to 0"
-        )
-    if t.images and not d.images:
-        raise ConfigError(
-            "data.images is empty but train.images is not 0: name a folder of images, or set train.images to 0"
-        )
+    for stream, what in (("clips", "videos"), ("images", "images")):
+        if getattr(t, stream) and not getattr(d, stream):
+            raise ConfigError(
+                f"data.{stream} is empty but train.{stream} is not 0: "
+                f"name a folder of {what}, or set train.{stream} to 0"
+            )
     if t.images and config.image_mask.kind != "block":
         raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
     if t.clips and config.clip_mask.kind == "block":
         raise ConfigError("clip_mask.kind 'block' is the image stream's; use 'tube' or one of Table 9's")
+    if o.warmup_epochs > o.epochs:
+        raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
+
+
+def _check_ranges(config: Config) -> None:
+    """Raise ConfigError for the first number that lies outside what its key can mean."""
+    m, d, t, o = config.model, config.data, config.train, config.optim
+    above_zero = {
+        "model.embed_dim": m.embed_dim,
+        "model.mlp_ratio": m.mlp_ratio,
+        **{f"model.depths[{i}]": depth for i, depth in enumerate(m.depths)},
+        **{f"model.window_size[{i}]": size for i, size in enumerate(m.window_size)},
+        "data.frames": d.frames,
+        "data.stride": d.stride,
+        "data.crop": d.crop,
+        "data.prefetch": d.prefetch,
+        "optim.lr": o.lr,
+        "optim.eps": o.eps,
+        "optim.epochs": o.epochs,
+        "train.micro_clips": t.micro_clips,
+        "train.micro_images": t.micro_images,
+        "train.log_every": t.log_every,
+        "train.checkpoint_every": t.checkpoint_every,
+        "train.keep": t.keep,
+    }
+    zero_or_above = {
+        "data.workers": d.workers,
+        "optim.weight_decay": o.weight_decay,
+        "optim.clip_grad": o.clip_grad,
+        "optim.warmup_epochs": o.warmup_epochs,
+        "optim.max_steps": o.max_steps,
+        "train.clips": t.clips,
+        "train.images": t.images,
+        "train.loss_weight": t.loss_weight,
+        "train.threads": t.threads,
+        "train.eval_clips": t.eval_clips,
+        "train.eval_images": t.eval_images,
+    }
+    shares = {"data.flip": d.flip, "data.jitter": d.jitter, "optim.warmup_factor": o.warmup_factor}
+    below_one = {"model.drop_path": m.drop_path, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
     for name, mask in (("clip_mask", config.clip_mask), ("image_mask", config.image_mask)):
-        if not 0 < mask.ratio <= 1:
-            raise ConfigError(f"{name}.ratio must lie in (0, 1], got {mask.ratio}")
-        if not 0 < mask.tube[0] <= mask.tube[1] <= 1:
-            raise ConfigError(f"{name}.tube must be a range inside (0, 1], got {mask.tube}")
-    if o.lr <= 0 or (o.epochs <= 0 and o.max_steps <= 0):
-        raise ConfigError(
-            f"optim.lr and optim.epochs (or optim.max_steps) must be above 0, got {o.lr}, {o.epochs}, {o.max_steps}"
-        )
+        above_zero |= {
+            f"{name}.min_block": mask.min_block,
+            f"{name}.ratio": mask.ratio,
+            f"{name}.tube[0]": mask.tube[0],
+        }
+        above_zero[f"{name}.min_aspect"] = mask.min_aspect
+        shares |= {f"{name}.ratio": mask.ratio, f"{name}.min_aspect": mask.min_aspect, f"{name}.tube[1]": mask.tube[1]}
+        if mask.tube[1] < mask.tube[0]:
+            raise ConfigError(f"{name}.tube must be a range, got {mask.tube}")
+    rules: tuple[tuple[dict[str, float], str, Callable[[float], bool]], ...] = (
+        (above_zero, "above 0", lambda x: x > 0),
+        (zero_or_above, "0 or above", lambda x: x >= 0),
+        (shares, "from 0 to 1", lambda x: 0 <= x <= 1),
+        (below_one, "0 or above and below 1", lambda x: 0 <= x < 1),
+    )
+    for values, says, holds in rules:
+        for key, value in values.items():
+            if not (math.isfinite(value) and holds(value)):
+                raise ConfigError(f"{key} must be {says}, got {value}")

@@ -92,8 +92,15 @@ BASE = Config(data=DataConfig(clips="videos", images="images"))
         (replace(BASE, clip_mask=MaskConfig(kind="block")), "clip_mask.kind 'block'"),
         (replace(BASE, image_mask=MaskConfig(kind="tube")), "image_mask.kind must be 'block'"),
         (replace(BASE, clip_mask=MaskConfig(ratio=0.0)), "clip_mask.ratio"),
-        (replace(BASE, clip_mask=MaskConfig(tube=(0.8, 0.5))), "clip_mask.tube"),
-        (replace(BASE, optim=replace(BASE.optim, lr=0.0)), "optim.lr"),
+        (replace(BASE, clip_mask=MaskConfig(tube=(0.8, 0.5))), "clip_mask.tube must be a range"),
+        (replace(BASE, clip_mask=MaskConfig(tube=(0.5, 1.5))), r"clip_mask.tube\[1\] must be from 0 to 1, got 1.5"),
+        (replace(BASE, optim=replace(BASE.optim, lr=0.0)), "optim.lr must be above 0"),
+        (replace(BASE, optim=replace(BASE.optim, lr=float("nan"))), "optim.lr must be above 0, got nan"),
+        (replace(BASE, optim=replace(BASE.optim, warmup_epochs=200)), "warmup_epochs = 200 is longer"),
+        (replace(BASE, train=replace(BASE.train, log_every=0)), "train.log_every must be above 0, got 0"),
+        (replace(BASE, train=replace(BASE.train, keep=0)), "train.keep must be above 0"),
+        (replace(BASE, data=replace(BASE.data, workers=-1)), "data.workers must be 0 or above"),
+        (replace(BASE, model=replace(BASE.model, drop_path=1.0)), "model.drop_path must be 0 or above and below 1"),
     ],
 )
 def test_check_names_what_cannot_run(config: Config, says: str) -> None:

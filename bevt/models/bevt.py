@@ -1,7 +1,7 @@
 """BEVT's two-stream masked model (paper section 3; official `swin_transformer_bevt.py` and `bevt_multisource_head.py`).
 
-Shape letters: B clips, M images, T frames, D = T / 2, H W the first stage's map in tokens (pixels / 4), h w the token grid
-of the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
+Shape letters: B clips, M images, T frames, D = T / 2, H W the first stage's map in tokens (pixels / 4), h w the grid of
+the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
 
 Both streams share the encoder, the mask token, the last LayerNorm and the head; the patch embeddings and the decoders
 are their own. Everything outside the encoder is linear. Only masked positions reach the head.

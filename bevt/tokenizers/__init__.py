@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,6 +31,15 @@ class Tokenizer(Protocol):
 
     def to(self, device: torch.device) -> Tokenizer:
         """The tokenizer on another device."""
+
+
+def digest(config: TokenizerConfig) -> str:
+    """Kind, and 16 hex digits of the SHA-256 of the weights' file: what a model's targets depend on."""
+    sha = hashlib.sha256()
+    with open(config.path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return f"{config.kind} {sha.hexdigest()[:16]}"
 
 
 def build(config: TokenizerConfig) -> Tokenizer:

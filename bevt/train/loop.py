@@ -24,11 +24,12 @@ from bevt import tokenizers
 from bevt.config import Config, UserError, check, to_dict
 from bevt.data.batch import Batch, Loader
 from bevt.data.build import build_loader
+from bevt.data.manifest import Kind, open_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
-from bevt.train.metrics import Display, MetricsWriter
+from bevt.train.metrics import Display, MetricsWriter, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
 from bevt.train.step import StepResult, TrainStep
 
@@ -80,12 +81,14 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     tokenizer = tokenizers.build(config.tokenizer).to(world.device)
+    digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
-    if saved and saved["vocab_size"] != tokenizer.vocab_size:
+    if saved and saved["tokenizer"] != digest:
         raise RunError(
-            f"{out} cannot be resumed: it predicts {saved['vocab_size']} codes, but the tokenizer "
-            f"{config.tokenizer.path} has {tokenizer.vocab_size}; give the run's own with --tokenizer.path"
+            f"{out} cannot be resumed: {config.tokenizer.path} is not the tokenizer it predicts the codes of; "
+            "give the run's own with --tokenizer.path"
         )
+    _probe_sources(config, world, quiet)
     bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
     with ExitStack() as stack:
         loader = build_loader(config, rank=world.rank, world_size=world.size)
@@ -105,7 +108,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                 raise RunError(f"{out} cannot be resumed: {error}") from error
             display.note(f"resumed {out} at step {start}")
         elif config.init:
-            display.note(f"{config.init}: {initialise(model, config)}")
+            display.note(f"{config.init}: {initialise(model, config, digest)}")
         display.note(_describe(config, model, loader, world, steps))
         wrapped = world.wrap(model)
         train_step = TrainStep(wrapped, tokenizer, optimizer, config, world)
@@ -121,7 +124,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
             if world.main:
                 payload = {
                     "config": to_dict(config),
-                    "vocab_size": tokenizer.vocab_size,
+                    "tokenizer": digest,
                     "streams": list(model.streams),
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -180,20 +183,21 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
     return BEVT(config.model, vocab_size, streams, device=device, dtype=dtype).to(device)
 
 
-def initialise(model: BEVT, config: Config) -> weights.Report:
+def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
     """Start `model` from the checkpoint `config.init`: of the same stage, or of the image stage (2D windows), inflated.
 
-    Raises CheckpointError for a file that is no checkpoint and WeightsError for a model of another size.
+    `tokenizer` is the digest of the one whose codes will be predicted. Raises CheckpointError for a file that is no
+    checkpoint and WeightsError for a model of another size, or one that learned another tokenizer's codes.
     """
     path = Path(config.init)
     saved = checkpoint.load(path)
     state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
     missing, unused = [], []
     try:
-        if saved["vocab_size"] != model.vocab_size:
+        if saved["tokenizer"] != tokenizer:
             raise weights.WeightsError(
-                f"its head predicts {saved['vocab_size']} codes, the tokenizer has {model.vocab_size}: "
-                "start from a run with the same tokenizer"
+                f"its head predicts the codes of another tokenizer than {config.tokenizer.path}: "
+                "start from a run with the same one"
             )
         if "clips" in model.streams and "clips" not in saved["streams"]:
             if window[0] == 1:
@@ -211,6 +215,22 @@ def initialise(model: BEVT, config: Config) -> weights.Report:
         return weights.load(model, state, missing=missing, unused=unused)
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
+
+
+def _probe_sources(config: Config, world: World, quiet: bool) -> None:
+    """Look at every file of the run's data once, held-out data included, in one process before the others need it."""
+    sources: list[tuple[Kind, str, int]] = [
+        ("clips", config.data.clips, config.train.clips),
+        ("images", config.data.images, config.train.images),
+        ("clips", config.data.val_clips, config.train.eval_clips * bool(config.train.clips)),
+        ("images", config.data.val_images, config.train.eval_images * bool(config.train.images)),
+    ]
+    if world.main:
+        for kind, source, count in sources:
+            if source and count:
+                with counting(f"probing {source}", enabled=not quiet) as progress:
+                    open_source(source, kind, progress=progress)
+    world.barrier()
 
 
 def _open_run(config: Config, out: Path, world: World, resume: bool) -> dict[str, Any] | None:

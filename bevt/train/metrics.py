@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+@contextmanager
+def counting(title: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar, on a terminal, for work that is counted in files: yields a function to call with (done, in all)."""
+    console = Console()
+    with Progress(console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield report
 
 
 class Display:

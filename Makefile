@@ -13,7 +13,8 @@ setup: $(READY)
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet $(TORCH) numpy "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet numpy "setuptools>=77" wheel "cmake>=3.25" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 

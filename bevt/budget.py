@@ -25,6 +25,18 @@ from bevt.config import Config, ConfigError, MaskConfig
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
 from bevt.train.optim import total_steps
 
+MODULES_OF: dict[str, tuple[str, ...]] = {
+    "patch embedding": ("patch_embed", "patch_embed_2d"),
+    "encoder": ("encoder",),
+    "  projections": (),
+    "  attention": (),
+    "  MLP": (),
+    "  merging": (),
+    "decoders": ("video_decoder", "image_decoder", "norm"),
+    "head, masked positions": ("head",),
+}
+"""Rows of the budget and the children of `BEVT` they stand for; indented rows are parts of the one above."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -36,12 +48,19 @@ class Component:
     clip_gmac: float
     """Forward, one clip, in 10**9 multiply-adds."""
     image_gmac: float
-    backward: bool = True
-    """Whether it is trained (three times the forward) or runs forward only."""
+    kept: int = 0
+    """Bytes that autograd keeps for the backward pass of one micro-batch."""
+    trained: bool = True
+    """Whether it is trained (three times the forward) or frozen (forward only)."""
+
+    @property
+    def states(self) -> int:
+        """Bytes of weights and, where trained, gradients and AdamW's two moments, in float32."""
+        return self.parameters * (16 if self.trained else 4)
 
     def step_flop(self, clips: int, images: int) -> float:
         """Floating-point operations of one optimizer step over all devices."""
-        return 2e9 * (3 if self.backward else 1) * (clips * self.clip_gmac + images * self.image_gmac)
+        return 2e9 * (3 if self.trained else 1) * (clips * self.clip_gmac + images * self.image_gmac)
 
 
 def components(config: Config) -> list[Component]:
@@ -58,31 +77,22 @@ def components(config: Config) -> list[Component]:
             _size(tokenizer),
             frame * config.data.frames * bool(config.train.clips),
             frame * bool(config.train.images),
-            backward=False,
+            trained=False,
         )
     ]
-    modules_of = {
-        "patch embedding": ("patch_embed", "patch_embed_2d"),
-        "encoder": ("encoder",),
-        "  projections": (),
-        "  attention": (),
-        "  MLP": (),
-        "  merging": (),
-        "decoders": ("video_decoder", "image_decoder", "norm"),
-        "head, masked positions": ("head",),
-    }
-    for name, modules in modules_of.items():
+    saved = activation_bytes(config)
+    for name, modules in MODULES_OF.items():
         size = sum(_size(getattr(model, m)) for m in modules if hasattr(model, m))
         clip, image = (counts.get(s, {}).get(name, 0.0) for s in ("clips", "images"))
-        rows.append(Component(name, size, clip, image))
+        rows.append(Component(name, size, clip, image, saved.get(name, 0)))
     return rows
 
 
-def activation_bytes(config: Config) -> int:
-    """Bytes that autograd keeps between forward and backward of one micro-batch, under the recipe's precision."""
+def activation_bytes(config: Config) -> dict[str, int]:
+    """Bytes that autograd keeps between forward and backward of one micro-batch, by component, in its precision."""
     t = config.train
     counts: dict[Stream, int] = {"clips": t.micro_clips if t.clips else 0, "images": t.micro_images if t.images else 0}
-    total = 0
+    total: dict[str, int] = dict.fromkeys(MODULES_OF, 0)
     vocab_size, _ = _tokenizer(config)
     with FakeTensorMode():
         model = _model(config, vocab_size)
@@ -90,7 +100,8 @@ def activation_bytes(config: Config) -> int:
             if count:
                 # Linear in the batch but for what autocast makes of the weights, which two points separate.
                 one, two = (_saved_bytes(model, stream, _inputs(config, stream, n), t.precision) for n in (1, 2))
-                total += one + (count - 1) * (two - one)
+                for name in one:
+                    total[name] += one[name] + (count - 1) * (two[name] - one[name])
     return total
 
 
@@ -105,8 +116,9 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     whole = [row for row in rows if not row.name.startswith(" ")]
     step = sum(row.step_flop(t.clips, t.images) for row in whole)
     table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
-    for column in ("", "parameters, M", "GMAC a clip", "GMAC an image", "TFLOP a step", "share"):
+    for column in ("", "parameters", "a clip", "an image", "a step", "share", "states", "kept"):
         table.add_column(column, justify="left" if not column else "right")
+    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", "GiB", "GiB", style="dim")
     for row in rows:
         flop = row.step_flop(t.clips, t.images)
         part = row.name.startswith(" ")
@@ -116,7 +128,9 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
             f"{row.clip_gmac:.2f}",
             f"{row.image_gmac:.2f}",
             f"{flop / 1e12:.1f}",
-            f"{100 * flop / step:.0f} %",
+            f"{100 * flop / step:.0f}",
+            "" if part else f"{row.states / 2**30:.2f}",
+            "" if part else f"{row.kept / 2**30:.2f}",
             style="dim" if part else None,
         )
     table.add_section()
@@ -126,20 +140,19 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
         f"{sum(row.clip_gmac for row in whole):.2f}",
         f"{sum(row.image_gmac for row in whole):.2f}",
         f"{step / 1e12:.1f}",
-        "100 %",
+        "100",
+        f"{sum(row.states for row in whole) / 2**30:.2f}",
+        f"{sum(row.kept for row in whole) / 2**30:.2f}",
     )
-    trained = sum(row.parameters for row in whole if row.backward)
     steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
     seconds = steps * step / (gpus * flops * efficiency)
-    saved = activation_bytes(config)
     per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
     console.print(
-        f"one device: weights, gradients, AdamW {16 * trained / 2**30:.2f} GiB; kept for the backward pass "
-        f"{saved / 2**30:.2f} GiB (micro-batch of {t.micro_clips * bool(t.clips)} clips + "
-        f"{t.micro_images * bool(t.images)} images, {t.precision}); {math.ceil(per_device)} micro-batches a step on "
-        f"{gpus} devices\n"
+        "states: weights, gradients and AdamW's moments on one device; kept: for the backward pass of a micro-batch of "
+        f"{t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in {t.precision}, "
+        f"{math.ceil(per_device)} of which make a step on {gpus} devices\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
         f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
     )
@@ -236,23 +249,34 @@ def _gmac(module: nn.Module, x: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: str) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out."""
+def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: str) -> dict[str, int]:
+    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out, by component."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen: dict[int, int] = {}
-    kept = []
+    component = dict.fromkeys(MODULES_OF, 0)
+    current = next(iter(MODULES_OF))
+    kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
+
+    def enter(name: str) -> None:
+        nonlocal current
+        current = name
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-            kept.append(x)  # alive, so that no address is used twice
+        if storage._cdata not in own and storage._cdata not in kept:
+            component[current] += storage.nbytes()
+            kept[storage._cdata] = x
         return x
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    handles = [model.norm.register_forward_hook(lambda *_: enter("head, masked positions"))]
+    for name, modules in MODULES_OF.items():
+        for child in (getattr(model, m) for m in modules if hasattr(model, m)):
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with saved, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         model(**{stream: inputs})
-    return sum(seen.values())
+    for handle in handles:
+        handle.remove()
+    return component
 
 
 def _size(module: nn.Module) -> int:

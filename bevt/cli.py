@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 
-from bevt.config import Config, ConfigError, DataConfig, TrainConfig, UserError, keys, nearest, resized
+from bevt.config import SIZES, Config, ConfigError, DataConfig, Size, TrainConfig, UserError, keys, nearest, resized
 
 if TYPE_CHECKING:
     from bevt.data.manifest import Manifest
@@ -44,7 +45,7 @@ class PretrainArgs:
     """Folder of the run: configuration, metrics, checkpoints, pictures."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
-    """A published Video Swin size in place of the recipe's model.embed-dim, model.depths and model.num-heads."""
+    """A published Video Swin size in place of the recipe's; your own model keys come on top."""
     resume: bool = False
     """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
 
@@ -152,14 +153,11 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
     if argv[0] not in RECIPES:
         near = nearest(argv[0], RECIPES)
         raise ConfigError(f"no recipe {argv[0]!r}; the nearest is {near!r}, and there are {', '.join(RECIPES)}")
-    return RECIPES[argv[0]](), argv[1:]
-
-
-def _sized(args: PretrainArgs | BudgetArgs) -> Config:
-    """The configuration, with the size that was asked for."""
-    if args.size == "recipe":
-        return args.config
-    return replace(args.config, model=resized(args.config.model, args.size))
+    config, rest = RECIPES[argv[0]](), argv[1:]
+    for flag, size in pairwise(" ".join(rest).replace("=", " ").split()):
+        if flag == "--size" and size in SIZES:  # before the keys are read, so that one of them can still change it
+            config = replace(config, model=resized(config.model, cast(Size, size)))
+    return config, rest
 
 
 def _pretrain(argv: list[str]) -> int:
@@ -167,7 +165,7 @@ def _pretrain(argv: list[str]) -> int:
     args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
     from bevt.train.loop import pretrain
 
-    result = pretrain(_sized(args), args.out, resume=args.resume)
+    result = pretrain(args.config, args.out, resume=args.resume)
     if os.environ.get("RANK", "0") != "0":
         return 0
     print(
@@ -255,7 +253,7 @@ def _budget(argv: list[str]) -> int:
     args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
     from bevt.budget import budget
 
-    print(budget(_sized(args), args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
+    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
     return 0
 
 
@@ -297,9 +295,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `bevt` and `python -m bevt`."""
-    # Before torch loads its OpenMP: threads that sleep at barriers, not spin. Beside one busy process on two cores, a
-    # step of the demo took 1.3 s so and 18 s with spinning threads; decoding processes are such neighbours.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads its OpenMP: threads spin shortly at a barrier, then sleep. Beside one busy process on two cores
+    # a step of the demo took 2.5 s so, 18 s with the default; alone 5 % longer. Decoding processes are such neighbours.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)

@@ -43,7 +43,7 @@ class ModelConfig:
     drop_path: float = 0.3
     """Stochastic depth of the last block; it rises linearly from 0 at the first."""
     quirks: Literal["clean", "official"] = "clean"
-    """`official` repeats three accidents of the official code (see `bevt/models/video_swin.py`)."""
+    """`official` repeats accidents of the official code (`bevt/models/video_swin.py`); its tube: `clip_mask.wrap`."""
     attention_impl: Impl = "auto"
     """Implementation of `bevt_kernels.window_attention`."""
     loss_impl: Impl = "auto"
@@ -272,7 +272,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 def check(config: Config) -> None:
     """Raise ConfigError where the configuration cannot be run, naming the key. Touches no file."""
     m, d, t, o = config.model, config.data, config.train, config.optim
-    _check_ranges(config)
+    check_frames(config)
     if not len(m.depths) == len(m.num_heads) == 4:
         raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
     for i, heads in enumerate(m.num_heads):
@@ -280,14 +280,6 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
             )
-    if d.crop % 32:
-        raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
-    if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
-        raise ConfigError(
-            f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
-        )
-    if d.frames % 2:
-        raise ConfigError(f"data.frames must be even (a token spans two frames), got {d.frames}")
     if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
     for stream, what in (("clips", "videos"), ("images", "images")):
@@ -302,6 +294,20 @@ def check(config: Config) -> None:
         raise ConfigError("clip_mask.kind 'block' is the image stream's; use 'tube' or one of Table 9's")
     if o.warmup_epochs > o.epochs:
         raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
+
+
+def check_frames(config: Config) -> None:
+    """The part of `check` that matters where frames are read without a model, as for fitting a tokenizer."""
+    d = config.data
+    _check_ranges(config)
+    if d.crop % 32:
+        raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
+    if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
+        raise ConfigError(
+            f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
+        )
+    if d.frames % 2:
+        raise ConfigError(f"data.frames must be even (a token spans two frames), got {d.frames}")
 
 
 def _check_ranges(config: Config) -> None:
@@ -335,6 +341,7 @@ def _check_ranges(config: Config) -> None:
         "train.images": t.images,
         "train.loss_weight": t.loss_weight,
         "train.threads": t.threads,
+        "train.seed": t.seed,
         "train.eval_clips": t.eval_clips,
         "train.eval_images": t.eval_images,
     }

@@ -59,11 +59,23 @@ def test_a_joint_clip_costs_3_tflop(joint: dict[str, budget.Component]) -> None:
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_precision() -> None:
     config = RECIPES["demo_joint_stage"]()
-    once = budget.activation_bytes(config)
-    more = budget.activation_bytes(replace(config, train=replace(config.train, micro_clips=8, micro_images=32)))
-    half = budget.activation_bytes(replace(config, train=replace(config.train, precision="bfloat16")))
+
+    def kept(**train: object) -> int:
+        changed = replace(config, train=replace(config.train, **train))  # type: ignore[arg-type]
+        return sum(budget.activation_bytes(changed).values())
+
+    once, more = kept(), kept(micro_clips=8, micro_images=32)
+    half = kept(precision="bfloat16")
     assert more == pytest.approx(2 * once, rel=1e-4)
     assert 0.4 * once < half < once
+
+
+def test_most_of_the_memory_is_the_encoders(joint: dict[str, budget.Component]) -> None:
+    whole = [row for name, row in joint.items() if name not in ("projections", "attention", "MLP", "merging")]
+    assert joint["encoder"].kept > 0.9 * sum(row.kept for row in whole)
+    assert all(row.kept > 0 for row in whole if row.trained)
+    assert joint["tokenizer (dalle)"].states == 4 * 53_786_240
+    assert joint["encoder"].states == 16 * joint["encoder"].parameters
 
 
 def test_hours_follow_devices_and_efficiency() -> None:

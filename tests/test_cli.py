@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from bevt.cli import main
+from bevt.data import shapes
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 
@@ -53,7 +55,31 @@ def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, real_clips: Path) -> tuple[Path, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory, dataset: shapes.ShapesPaths) -> tuple[Path, Path]:
+    """The embedded dataset's clips (H.264 and VP9) beside an MPEG-4 `old.avi` and a `short.mp4`; its JPEGs."""
+    root = tmp_path_factory.mktemp("folders")
+    clips, images = root / "clips", root / "images"
+    shutil.copytree(dataset.train_clips, clips, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(dataset.train_images, images, ignore=shutil.ignore_patterns(".*"))
+    _encode(clips / "old.avi", "mpeg4", 30)
+    _encode(clips / "short.mp4", "libx264", 12)
+    return clips, images
+
+
+def _encode(path: Path, codec: str, frames: int) -> None:
+    """A video of 96x80: a bar that moves."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        for i in range(frames):
+            pixels = np.full((80, 96, 3), 60, np.uint8)
+            pixels[:, 3 * i : 3 * i + 9] = 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def real_folders(tmp_path_factory: pytest.TempPathFactory, real_clips: Path) -> tuple[Path, Path]:
     """The four real clips (H.264 and MPEG-4), and twelve JPEGs of their frames."""
     root = tmp_path_factory.mktemp("real")
     clips, images = root / "clips", root / "images"
@@ -73,9 +99,9 @@ def _pretrain(folders: tuple[Path, Path], vq: Path, out: Path, *more: object) ->
 
 
 def test_both_streams_run_on_real_clips_and_jpegs(
-    run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path
+    run: Run, real_folders: tuple[Path, Path], vq: Path, tmp_path: Path
 ) -> None:
-    status, out, err = run(*_pretrain(folders, vq, tmp_path / "run"))
+    status, out, err = run(*_pretrain(real_folders, vq, tmp_path / "run"))
     assert status == 0, err
     assert "finished at step 2 of 2" in out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -84,11 +110,11 @@ def test_both_streams_run_on_real_clips_and_jpegs(
 
 
 @pytest.mark.slow
-def test_the_joint_stage_at_full_size_on_real_clips(run: Run, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_joint_stage_at_full_size_on_real_clips(run: Run, real_folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Swin-B at 16x224x224 and the DALL-E encoder, both with random weights: the recipe itself, one clip, one image."""
     torch.manual_seed(0)
     DalleTokenizer(DalleEncoder()).save(tmp_path / "encoder.safetensors")
-    clips, images = folders
+    clips, images = real_folders
     status, out, err = run(
         *("pretrain", "joint_stage", "--out", tmp_path / "run", "--data.clips", clips, "--data.images", images),
         *("--tokenizer.path", tmp_path / "encoder.safetensors", "--optim.max-steps", 1, "--train.log-every", 1),
@@ -105,7 +131,7 @@ def test_the_joint_stage_at_full_size_on_real_clips(run: Run, folders: tuple[Pat
 def test_a_clip_shorter_than_its_frames_loops(run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
-    shutil.copy(folders[0] / "short_32_frames_h264.mp4", clips)  # 32 frames; the recipe spans 121
+    shutil.copy(folders[0] / "short.mp4", clips)  # 12 frames; the recipe spans 121
     status, _, err = run(*_pretrain((clips, folders[1]), vq, tmp_path / "run"))
     assert status == 0, err
 
@@ -138,16 +164,25 @@ def test_a_truncated_video(
 ) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
-    data = (folders[0] / "kinetics_like_340x256_h264.mp4").read_bytes()
+    data = (folders[0] / "0000.mp4").read_bytes()
     (clips / "cut.mp4").write_bytes(data[: len(data) // 2])
     status, _, err = run(*_pretrain((clips, folders[1]), vq, tmp_path / "run"))
     assert status == 2
     assert "cut.mp4" in err
-    # Beside a whole one it is left out, and named.
-    shutil.copy(folders[0] / "short_32_frames_h264.mp4", clips)
+    # Beside a whole one, that one is read in its place, and the log names it.
+    shutil.copy(folders[0] / "old.avi", clips)
     status, _, err = run(*_pretrain((clips, folders[1]), vq, tmp_path / "run"))
     assert status == 0, err
-    assert "1 of 2 files cannot be read" in caplog.text
+    assert f"{clips / 'cut.mp4'}: cut off: " in caplog.text
+    assert f"{clips}: 1 of 2 files cannot be read" in caplog.text
+
+
+def test_a_mask_that_does_not_fit(run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path) -> None:
+    more = ("--data.workers", 1, "--image-mask.min-block", 100)
+    status, _, err = run(*_pretrain(folders, vq, tmp_path / "run", *more))
+    assert status == 2
+    assert "image_mask.min_block = 100 must lie in 1..8" in err
+    assert not multiprocessing.active_children()
 
 
 def test_a_key_that_does_not_exist(run: Run) -> None:
@@ -238,11 +273,11 @@ def test_tokenizer_fit_without_data(run: Run, tmp_path: Path) -> None:
 def test_data_index_and_check(run: Run, folders: tuple[Path, Path], tmp_path: Path) -> None:
     status, out, _ = run("data", "index", folders[0], "--out", tmp_path / "clips.jsonl")
     assert status == 0
-    assert "4 readable clips, 0 unreadable" in out
+    assert "9 readable clips, 0 unreadable" in out
     status, out, _ = run("data", "check", tmp_path / "clips.jsonl")
     assert status == 0
-    assert "4 clips: 0 cannot be used" in out
-    assert "short_32_frames_h264.mp4" in out  # shorter than the span: it loops
+    assert "9 clips: 0 cannot be used" in out
+    assert "short.mp4: 12 frames, a clip spans 121" in out
 
     clips = tmp_path / "clips"
     clips.mkdir()

@@ -44,6 +44,11 @@ def color_jitter(images: Tensor, params: Tensor) -> Tensor:
     then the three adjustments (0 brightness, 1 contrast, 2 saturation) in the order in which they are applied. Each
     blends the image with black, with the mean of its grey version, or with its grey version, and clamps; uint8 results
     are cut to whole levels after each, as torchvision's tensor transforms do. Returns the type and shape of `images`.
+
+    The official pipeline (`ColorJitter` of its mmaction) departs from this in three ways: it jitters the whole rescaled
+    image before the crop, so that contrast blends with the grey mean of all of it, here with that of the crop; it stays
+    in float32 and clamps and cuts to whole levels once, after the last adjustment; and it draws one order when the
+    pipeline is built, for all images of a process, here every image has its own.
     """
     whole = images.dtype == torch.uint8
     top = 255.0 if whole else 1.0

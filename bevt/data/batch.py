@@ -17,11 +17,11 @@ class BadFile:
     stream: str
     """`clips` or `images`."""
     position: int
-    """Global position of the sample in the stream."""
+    """Global position of the sample in the stream; -1: known before the first step, of every position of the file."""
     path: str
     error: str
     replaced_by: str
-    """The file that serves the position by the fixed rule (the next readable one in the epoch's order)."""
+    """The file that serves the position by the fixed rule: the next readable one in the epoch's order."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Loader(Protocol):
 
     accumulation: int
     """Micro-batches of one process that make one optimizer step."""
+
+    unreadable: tuple[BadFile, ...]
+    """Files that the index already knows to be unreadable, position -1; they are in no `Batch.bad`."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches from the current step on: `accumulation` of them make one optimizer step."""

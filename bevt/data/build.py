@@ -11,8 +11,11 @@ import atexit
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bevt import masking
-from bevt.config import Config, ConfigError
+from bevt.config import Config, ConfigError, MaskConfig, UserError
 from bevt.data import DataError, pyav
 from bevt.data.batch import BadFile, Batch
 from bevt.data.manifest import open_source
-from bevt.data.processes import context, initialize
+from bevt.data.processes import context, end, initialize
 from bevt.data.sampling import STREAMS, Request, Sampler, Stream
 
 MOST_SUBSTITUTES = 10
@@ -49,9 +52,9 @@ def build_loader(
 ) -> StepLoader:
     """The training data of one device, from step `start_step` on.
 
-    `on_bad` is called with every file that could not be read (it is also logged, and listed in `Batch.bad`). Raises
-    ConfigError where the batch sizes do not divide or the backend does not exist, DataError where a source holds
-    nothing that can be read.
+    `on_bad` is called with every file that turns out unreadable (it is also logged, and listed in `Batch.bad`); those
+    that the index knows already are in `unreadable`. Raises ConfigError where the batch sizes do not divide, the
+    backend does not exist or a mask does not fit the crop, DataError where a source holds nothing that can be read.
     """
     return StepLoader(config, rank, world_size, start_step, on_bad)
 
@@ -67,10 +70,16 @@ class StepLoader:
         self._config, self._rank, self._world_size, self._on_bad = config, rank, world_size, on_bad
         self.accumulation = _accumulation(config, world_size)
         self.num_workers = config.data.workers
-        self._decoder = _Decoder(config)
+        self._decoder = _Decoder(config, [stream for stream in STREAMS if getattr(config.train, stream)])
         self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True)
         self.clips, self.images = (len(self._samplers.get(stream, ())) for stream in STREAMS)
-        """Readable files of each stream."""
+        """Files of each stream."""
+        self.unreadable = tuple(
+            BadFile(stream, -1, sampler.manifest.locate(entry), entry.error, "the next readable file of the epoch")
+            for stream, sampler in self._samplers.items()
+            for entry in sampler.manifest.entries
+            if entry.error
+        )
         if "clips" in self._samplers:
             self.steps_per_epoch = self.clips / config.train.clips
         else:
@@ -180,7 +189,7 @@ def eval_batches(
             for i in range(0, len(requests), size):
                 yield _Plan(**{"clips": [], "images": [], stream: requests[i : i + size]})
 
-    return _serve(_Decoder(config), samplers, plans(), config, None, substitute=False)
+    return _serve(_Decoder(config, samplers), samplers, plans(), config, None, substitute=False)
 
 
 def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tensor, None, None]:
@@ -207,7 +216,7 @@ def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tenso
             )
             step += 1
 
-    batches = _serve(_Decoder(config, masks=False), samplers, plans(), config, None, adapt=_thinned)
+    batches = _serve(_Decoder(config, masked=()), samplers, plans(), config, None, adapt=_thinned)
     with contextlib.closing(batches):
         for batch in batches:
             parts = [] if batch.clips is None else [batch.clips.flatten(0, 1)[:from_clips]]
@@ -232,35 +241,62 @@ class _Decoded(NamedTuple):
     """(stream, row, reason)."""
 
 
-class _Decoder(Dataset[_Decoded]):
-    """Plans in, pixels and masks out; what a worker process holds. It knows no manifest."""
+class _Crash(NamedTuple):
+    """What a worker returns in place of `_Decoded` where it met an exception that no rule covers."""
 
-    def __init__(self, config: Config, masks: bool = True) -> None:
+    message: str | None
+    """Of an error for the user; None: a defect of this program."""
+    traceback: str
+
+
+class _Decoder(Dataset["_Decoded | _Crash"]):
+    """Plans in, pixels and masks (of the streams `masked`) out; what a worker process holds. It knows no manifest.
+
+    Raises ConfigError where the backend does not exist or a mask does not fit the crop.
+    """
+
+    def __init__(self, config: Config, masked: Collection[Stream]) -> None:
         if config.data.backend not in ("auto", *READERS):
             raise ConfigError(
                 f"data.backend {config.data.backend!r} does not exist; known: 'auto', {', '.join(map(repr, READERS))}"
             )
         self.backend = "pyav" if config.data.backend == "auto" else config.data.backend
-        self.masks = masks
-        self.clip_mask, self.image_mask = config.clip_mask, config.image_mask
         side = config.data.crop // 16  # the map of stage 3, and the tokenizer's codes at half the resolution
-        self.grid = (config.data.frames // 2, side, side)
+        kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {
+            "clips": (config.clip_mask, (config.data.frames // 2, side, side)),
+            "images": (config.image_mask, (1, side, side)),
+        }
+        self.masks = {stream: kinds[stream] for stream in masked}
+        for mask, grid in self.masks.values():
+            masking.capacity(mask, grid)  # raises here, not in a worker
 
-    def __getitem__(self, plan: _Plan) -> _Decoded:
+    def __getitem__(self, plan: _Plan) -> _Decoded | _Crash:
         failures: list[tuple[Stream, int, str]] = []
-        clips = self._pixels(plan.clips, failures)
-        images = self._pixels(plan.images, failures)
-        clip_masks = image_masks = None
-        if self.masks and plan.clips:
-            clip_masks = torch.from_numpy(masking.generate(self.clip_mask, _seeds(plan.clips), self.grid))
-        if self.masks and plan.images:
-            flat = masking.generate(self.image_mask, _seeds(plan.images), (1, *self.grid[1:]))
-            image_masks = torch.from_numpy(flat).squeeze(1)
-        return _Decoded(clips, clip_masks, images, image_masks, failures)
+        try:
+            clips = self._pixels(plan.clips, failures)
+            images = self._pixels(plan.images, failures)
+            clip_masks = self._masks("clips", plan.clips)
+            image_masks = self._masks("images", plan.images)
+        except Exception as error:  # whatever it is, torch would raise another one in its place, without a type
+            return _Crash(str(error) if isinstance(error, UserError) else None, traceback.format_exc())
+        return _Decoded(clips, clip_masks, images, None if image_masks is None else image_masks.squeeze(1), failures)
 
     def read(self, request: Request) -> Tensor:
-        """One sample's pixels. Raises ReadError."""
-        return torch.from_numpy(np.ascontiguousarray(READERS[self.backend](request)))
+        """One sample's pixels. Raises ReadError; DataError where memory does not suffice."""
+        try:
+            return torch.from_numpy(np.ascontiguousarray(READERS[self.backend](request)))
+        except MemoryError as error:
+            raise DataError(
+                f"{request.path}: not enough memory to decode it; lower data.workers or data.prefetch, or remove the "
+                "file if its pictures are huge"
+            ) from error
+
+    def _masks(self, stream: Stream, requests: list[Request]) -> Tensor | None:
+        """(samples, d, h, w) bool."""
+        if not requests or stream not in self.masks:
+            return None
+        mask, grid = self.masks[stream]
+        return torch.from_numpy(masking.generate(mask, _seeds(requests), grid))
 
     def _pixels(self, requests: list[Request], failures: list[tuple[Stream, int, str]]) -> Tensor | None:
         if not requests:
@@ -289,7 +325,8 @@ def _serve(
     """Batches of the plans, in order, decoded by `data.workers` processes; ends them when it ends or is closed.
 
     Replacements are decoded here, in the calling process, which alone holds the manifests: they are rare, and workers
-    that need no manifest start fast and stay small. Raises DataError where a worker dies.
+    that need no manifest start fast and stay small. Raises DataError where a worker dies, RuntimeError with the
+    worker's traceback where it meets a defect of this program.
     """
     workers = config.data.workers
     queue: deque[_Plan] = deque()  # plans handed to the workers, oldest first
@@ -299,7 +336,7 @@ def _serve(
             queue.append(plan)
             yield plan
 
-    loader: DataLoader[_Decoded] = DataLoader(
+    loader: DataLoader[_Decoded | _Crash] = DataLoader(
         decoder,
         batch_size=None,
         sampler=remember(),
@@ -310,11 +347,20 @@ def _serve(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=initialize,
     )
-    # A list, so that one call drops the only reference, which ends the workers. They do not react to SIGTERM: without
-    # the call at exit, an interpreter that ends on an exception would wait for them for ever.
-    running = [iter(loader)]
-    atexit.register(running.clear)
+    running: list[Iterator[_Decoded | _Crash]] = []
+    helpers: list[BaseProcess] = []
+
+    def stop() -> None:
+        running.clear()  # the only reference, whose end ends the workers, unless a traceback holds another
+        end(helpers)
+
+    atexit.register(stop)
     try:
+        others = set(multiprocessing.active_children())
+        try:
+            running.append(iter(loader))
+        finally:
+            helpers += [child for child in multiprocessing.active_children() if child not in others]
         while True:
             try:
                 decoded = next(running[0])
@@ -328,6 +374,11 @@ def _serve(
                     "data.prefetch), or a file that crashes the decoder (`bevt data check`)"
                 ) from error
             plan = queue.popleft()
+            if isinstance(decoded, _Crash):
+                if decoded.message is not None:
+                    raise DataError(decoded.message)
+                names = ", ".join(request.path for request in (*plan.clips, *plan.images))
+                raise RuntimeError(f"a defect of bevt, met while decoding one of {names}:\n{decoded.traceback}")
             bad: list[BadFile] = []
             for name, row, reason in decoded.failures:
                 request = getattr(plan, name)[row]
@@ -350,8 +401,8 @@ def _serve(
                 bad=tuple(bad),
             )
     finally:
-        running.clear()
-        atexit.unregister(running.clear)
+        stop()
+        atexit.unregister(stop)
 
 
 def _replace(
@@ -365,7 +416,7 @@ def _replace(
 ) -> Request:
     """Fill `into` from the next readable file of the epoch's order; what was read. Appends every failure to `bad`."""
     failed = [(request.path, reason)]
-    for k in range(1, min(MOST_SUBSTITUTES, len(sampler) - 1) + 1):
+    for k in range(1, min(MOST_SUBSTITUTES, sampler.readable - 1) + 1):
         other = adapt(sampler.request(request.position, substitute=k))
         try:
             into.copy_(decoder.read(other))

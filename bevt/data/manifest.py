@@ -40,6 +40,9 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
 SPARSE_KEYS = 250
 """Key frames further apart than this (x264's default) make seeking slow."""
 
+MOST_NAMED = 20
+"""Unreadable files of one source that the log names; the others are counted."""
+
 VERSION = 1
 
 _KEY_SPACING = 12
@@ -100,9 +103,9 @@ class Manifest:
         return os.path.join(self.root, entry.path)
 
     def fingerprint(self) -> str:
-        """16 hex digits of the names and sizes of the readable files: what a sampler's order depends on."""
+        """16 hex digits of the names and sizes of all files: what a sampler's order depends on."""
         digest = hashlib.sha256()
-        for entry in self.readable():
+        for entry in self.entries:
             digest.update(f"{entry.path}\0{entry.bytes}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
@@ -153,7 +156,7 @@ def open_source(path: str, kind: Kind, *, progress: Progress | None = None) -> M
 
     Folders and lists are indexed on the fly; the result is kept in `.bevt_manifest_<kind>.jsonl` inside the folder (for
     a list: `.<name>.bevt_manifest_<kind>.jsonl` beside it), or in the user's cache folder where that is not writable.
-    Raises DataError as `index`, and where no file is readable.
+    Unreadable files are named in the log. Raises DataError as `index`, and where no file is readable.
     """
     if path.endswith(".jsonl"):
         manifest = Manifest.load(path)
@@ -166,8 +169,13 @@ def open_source(path: str, kind: Kind, *, progress: Progress | None = None) -> M
         reasons = "\n".join(f"  {entry.path}: {entry.error}" for entry in bad[:5])
         more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise DataError(f"none of the {len(bad)} {kind} in {path} can be read:\n{reasons}{more}")
+    for entry in bad[:MOST_NAMED]:
+        _log.warning("%s: %s", manifest.locate(entry), entry.error)
     if bad:
-        _log.warning("%s: %d of %d files cannot be read (see `bevt data check`)", path, len(bad), len(manifest.entries))
+        more = f", {len(bad) - MOST_NAMED} more than are named here" if len(bad) > MOST_NAMED else ""
+        _log.warning(
+            "%s: %d of %d files cannot be read%s (see `bevt data check`)", path, len(bad), len(manifest.entries), more
+        )
     return manifest
 
 
@@ -246,7 +254,7 @@ def check(manifest: Manifest, span: int = 0) -> list[Problem]:
             problems.append(Problem(severity, path, what, advice))
 
         if entry.error:
-            add("error", entry.error, "fetch or encode the file again; until then training leaves it out")
+            add("error", entry.error, "fetch or encode the file again; until then training reads another in its place")
             continue
         if entry.variable_rate:
             add(

@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Sequence
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 
 
 def context() -> BaseContext:
@@ -48,6 +51,20 @@ def _end_with_parent() -> None:
     assert parent is not None, "not a helper process"
     parent.join()
     os._exit(1)
+
+
+def end(children: Sequence[BaseProcess], patience: float = 1.0) -> None:
+    """Kill the helper processes that have not ended by themselves after `patience` seconds.
+
+    They do not react to SIGTERM (`context`), so nothing milder ends one that was never told to stop; without this the
+    interpreter would wait for it at its exit, for ever.
+    """
+    deadline = time.monotonic() + patience
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+        if child.is_alive():
+            child.kill()
+            child.join()
 
 
 def cores() -> int:

@@ -151,7 +151,12 @@ def _read_clip(request: Request) -> np.ndarray:
     with container, contextlib.closing(frames_from(request.path, container, stream, request.seek)) as frames:
         for number, frame in frames:
             if number in wanted:
-                found[number] = _crop(_rgb(scaler, frame, request.resize), request)
+                try:
+                    pixels = _rgb(scaler, frame, request.resize)
+                except library().error.FFmpegError as error:
+                    reason = f"frame {number} cannot be converted to RGB ({error.strerror})"
+                    raise ReadError(request.path, reason) from error
+                found[number] = _crop(pixels, request)
             if number == last:
                 break
     if len(found) < len(wanted):

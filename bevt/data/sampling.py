@@ -56,13 +56,14 @@ class Request:
 
 
 class Sampler:
-    """Requests for one stream of one run; `len` is the number of readable files, the length of an epoch.
+    """Requests for one stream of one run; `len` is the number of files, the length of an epoch.
 
-    Training: every epoch visits every file once, in an order of its own. A clip starts anywhere it fits; one that is
-    too short starts at frame 0 and loops (frame numbers modulo the length, as in the official code). The short side is
-    drawn uniformly from `data.short_side` (both ends included), the crop and the flip uniformly; images also draw three
-    jitter factors and their order. With `train=False`: files in their own order, the middle of the video, the
-    smaller of `data.short_side`, the centre crop, no flip and no jitter.
+    Training: every epoch visits every file once, in an order of its own. The place of a file that the manifest knows to
+    be unreadable is served by the next readable one of that order, so that such a file changes no other sample. A clip
+    starts anywhere it fits; one that is too short starts at frame 0 and loops (frame numbers modulo the length, as in
+    the official code). The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the
+    flip uniformly; images also draw three jitter factors and their order. With `train=False`: files in their own order,
+    the middle of the video, the smaller of `data.short_side`, the centre crop, no flip and no jitter.
 
     Position p of epoch e uses ten numbers, in this order: start, short side, top, left, flip, brightness, contrast,
     saturation, order, mask seed.
@@ -70,21 +71,24 @@ class Sampler:
 
     def __init__(self, manifest: Manifest, data: DataConfig, stream: Stream, seed: int, *, train: bool = True) -> None:
         self.manifest, self.data, self.stream, self.seed, self.train = manifest, data, stream, seed, train
-        self._files = manifest.readable()
-        self._orders: dict[int, np.ndarray] = {}
+        self._readable = np.array([entry.error is None for entry in manifest.entries])
+        self.readable = int(self._readable.sum())
+        """Files that can be served."""
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._readable)
 
     def request(self, position: int, substitute: int = 0) -> Request:
         """The request at a global position; a pure function of (seed, position).
 
-        `substitute` k takes the k-th next file of the epoch's order instead, for a file that turns out unreadable. The
-        numbers drawn, and so the mask, stay those of the position.
+        `substitute` k takes the k-th readable file after that in the epoch's order instead, for a file that turns out
+        unreadable. The numbers drawn, and so the mask, stay those of the position.
         """
-        n, data = len(self._files), self.data
-        epoch, place = divmod(position, n)
-        entry = self._files[self._order(epoch)[(place + substitute) % n]]
+        data = self.data
+        epoch, place = divmod(position, len(self))
+        files, places = self._order(epoch)
+        entry = self.manifest.entries[files[(np.searchsorted(places, place) + substitute) % self.readable]]
         raw = self._raw(10, epoch, position + 1)
         u = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
 
@@ -119,15 +123,20 @@ class Sampler:
             seek=seek,
         )
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """(n,) int64: the epoch's permutation. Two are kept: a micro-batch can straddle the end of an epoch."""
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The readable files in the epoch's order and their places in it (rising), both (readable,) int64.
+
+        Two epochs' are kept: a micro-batch can straddle the end of one.
+        """
         if not self.train:
             epoch = 0
         if epoch not in self._orders:
             if len(self._orders) == 2:
                 del self._orders[min(self._orders)]
-            n = len(self._files)
-            self._orders[epoch] = np.argsort(self._raw(n, epoch, 0), kind="stable") if self.train else np.arange(n)
+            n = len(self)
+            order = np.argsort(self._raw(n, epoch, 0), kind="stable") if self.train else np.arange(n)
+            places = np.flatnonzero(self._readable[order])
+            self._orders[epoch] = order[places], places
         return self._orders[epoch]
 
     def _raw(self, count: int, epoch: int, key: int) -> np.ndarray:

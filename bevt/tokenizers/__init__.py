@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     downsample: int
     """Pixels along one side of a code's cell; 8 for every tokenizer here."""
+    impl: str
+    """Implementation of `bevt_kernels.linear_argmax`, resolved by `to`."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(M, 3, H, W) float in [0, 1], RGB, H and W multiples of g -> (M, H/g, W/g) int64 codes. No gradient."""
@@ -42,8 +44,8 @@ def digest(config: TokenizerConfig) -> str:
     return f"{config.kind} {sha.hexdigest()[:16]}"
 
 
-def build(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer `config` names, with its weights, in evaluation mode on the CPU.
+def build(config: TokenizerConfig, device: torch.device) -> Tokenizer:
+    """The tokenizer `config` names, with its weights, frozen, on `device`.
 
     Raises ConfigError (which key, what to do) for a missing path, FileNotFoundError and TokenizerError (the file, what
     is wrong with it) for weights that are absent or of another model.
@@ -56,7 +58,7 @@ def build(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "dalle":
         from bevt.tokenizers.dalle import DalleTokenizer
 
-        return DalleTokenizer.load(config.path, impl=config.impl)
+        return DalleTokenizer.load(config.path, impl=config.impl).to(device)
     from bevt.tokenizers.vq import VQTokenizer
 
-    return VQTokenizer.load(config.path, impl=config.impl)
+    return VQTokenizer.load(config.path, impl=config.impl).to(device)

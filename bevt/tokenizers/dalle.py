@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from bevt_kernels import linear_argmax
+from bevt_kernels import Spec, linear_argmax, resolve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -118,7 +118,7 @@ class DalleTokenizer:
     def __init__(self, encoder: DalleEncoder, impl: Impl = "auto") -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.vocab_size = encoder.head.out_channels
-        self.impl = impl
+        self.impl: str = impl
 
     @classmethod
     def load(cls, path: str | Path, impl: Impl = "auto", *, encoder: DalleEncoder | None = None) -> DalleTokenizer:
@@ -139,8 +139,9 @@ class DalleTokenizer:
         common.write_safetensors(path, self.encoder.state_dict(), {"format": "bevt-dalle-1"})
 
     def to(self, device: torch.device) -> DalleTokenizer:
-        """Move the weights; returns the same tokenizer."""
+        """Move the weights and resolve `impl` for the device, once; returns the same tokenizer."""
         self.encoder.to(device)
+        self.impl = resolve("linear_argmax", self.impl, Spec(torch.device(device).type, torch.float32))
         return self
 
     @torch.no_grad()

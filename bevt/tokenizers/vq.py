@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bevt_kernels import linear_argmax
+from bevt_kernels import Spec, linear_argmax, resolve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,7 +177,7 @@ class VQModel(nn.Module):
         return (F.conv_transpose2d(z, 8 * self.cosines, stride=8) + self.decoder(z)) / 4 + 0.5
 
 
-def nearest(vectors: Tensor, codebook: Tensor, impl: Impl = "auto") -> Tensor:
+def nearest(vectors: Tensor, codebook: Tensor, impl: str = "auto") -> Tensor:
     """(N, D), (V, D) -> (N,) int64: each vector's nearest code, ties to the lowest."""
     return linear_argmax(vectors, codebook, codebook.square().sum(1) / -2, impl=impl)
 
@@ -191,7 +191,7 @@ class VQTokenizer:
     def __init__(self, model: VQModel, impl: Impl = "auto") -> None:
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = model.config.vocab_size
-        self.impl = impl
+        self.impl: str = impl
 
     @classmethod
     def load(cls, path: str | Path, impl: Impl = "auto") -> VQTokenizer:
@@ -217,8 +217,9 @@ class VQTokenizer:
         common.write_safetensors(path, self.model.state_dict(), metadata)
 
     def to(self, device: torch.device) -> VQTokenizer:
-        """Move the weights; returns the same tokenizer."""
+        """Move the weights and resolve `impl` for the device, once; returns the same tokenizer."""
         self.model.to(device)
+        self.impl = resolve("linear_argmax", self.impl, Spec(torch.device(device).type, torch.float32))
         return self
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -20,6 +21,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    waiting: dist.ProcessGroup | None = None
+    """For `barrier`: a group without the others' time limit, since one process may look at files for hours."""
 
     @property
     def main(self) -> bool:
@@ -64,7 +67,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.waiting)
 
     def close(self) -> None:
         """Leave the group."""
@@ -80,6 +83,7 @@ def join_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    if size == 1:
+        return World(rank, size, device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))

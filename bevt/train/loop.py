@@ -7,11 +7,9 @@ where a file could not be read, `nonfinite.json` where a loss was not finite, an
 from __future__ import annotations
 
 import json
-import math
 import platform
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,17 +19,17 @@ import torch
 
 import bevt
 from bevt import tokenizers
-from bevt.config import Config, UserError, check, to_dict
-from bevt.data.batch import Batch, Loader
+from bevt.config import Config, check, to_dict
+from bevt.data.batch import BadFile, Loader
 from bevt.data.build import build_loader
 from bevt.data.manifest import Kind, open_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
-from bevt.train.metrics import Display, MetricsWriter, counting
+from bevt.train.metrics import Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
-from bevt.train.step import StepResult, TrainStep
+from bevt.train.step import TrainStep
 
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep", "train.threads",
@@ -39,10 +37,6 @@ FREE_ON_RESUME = {
     "data.val_clips", "data.val_images", "tokenizer.path", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
-
-
-class RunError(UserError):
-    """A run that cannot start or go on; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
     saved = _open_run(config, out, world, resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    tokenizer = tokenizers.build(config.tokenizer).to(world.device)
+    tokenizer = tokenizers.build(config.tokenizer, world.device)
     digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
     if saved and saved["tokenizer"] != digest:
@@ -99,28 +93,33 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         torch.manual_seed(config.train.seed)
         model = build_model(config, tokenizer.vocab_size, world.device)
         optimizer = build_optimizer(model, config.optim)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        meter = Meter(config, world, names, out)
+        implementations = {**model.implementations, "linear_argmax": tokenizer.impl}
         if saved:
             weights.load(model, saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            meter.load_state_dict(saved["meter"])
             try:
                 loader.load_state_dict(saved["loader"])
             except ValueError as error:
                 raise RunError(f"{out} cannot be resumed: {error}") from error
             display.note(f"resumed {out} at step {start}")
+            for op, was, now in _differences(saved["implementations"], implementations):
+                display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
         elif config.init:
             display.note(f"{config.init}: {initialise(model, config, digest)}")
-        display.note(_describe(config, model, loader, world, steps))
-        wrapped = world.wrap(model)
-        train_step = TrainStep(wrapped, tokenizer, optimizer, config, world)
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        display.note(_describe(config, model, implementations, loader, world, steps))
+        _note_bad_files(loader.unreadable, bad_files)
+        train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world)
         writer = MetricsWriter(out, start) if world.main else None
         if writer:
             stack.callback(writer.close)
-        meter = Meter(config, world, names, out)
 
         def save(step: int) -> Path:
             meter.check_finite()
             path = out / "checkpoints" / f"step_{step:08d}.pt"
+            unwritten = meter.state_dict()
             if world.main:
                 payload = {
                     "config": to_dict(config),
@@ -129,12 +128,13 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "loader": loader.state_dict(),
+                    "meter": unwritten,
                     "versions": {
                         "bevt": bevt.__version__,
                         "torch": str(torch.__version__),
                         "python": platform.python_version(),
                     },
-                    "implementations": model.implementations,
+                    "implementations": implementations,
                 }
                 path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
             world.barrier()
@@ -148,7 +148,7 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
             step += 1
             meter.add(step, micro, result)
             display.step(step)
-            _note_bad_files(micro, bad_files, display)
+            _note_bad_files([entry for batch in micro for entry in batch.bad], bad_files)
             checkpointed = step % config.train.checkpoint_every == 0 or step == steps
             # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
             logged = step % config.train.log_every == 0 or checkpointed
@@ -271,11 +271,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> I
             yield where + key, a, b
 
 
-def _describe(config: Config, model: BEVT, loader: Loader, world: World, steps: int) -> str:
+def _describe(
+    config: Config, model: BEVT, implementations: dict[str, str], loader: Loader, world: World, steps: int
+) -> str:
     """What is about to run, in three lines."""
     million = sum(p.numel() for p in model.parameters()) / 1e6
     train = config.train
-    chosen = ", ".join(f"{op} {impl}" for op, impl in model.implementations.items())
+    chosen = ", ".join(f"{op} {impl}" for op, impl in implementations.items())
     return (
         f"{config.recipe}: {' + '.join(model.streams)}, {million:.1f} M parameters, {train.precision}, "
         f"{world.size} x {world.device}\n"
@@ -285,14 +287,11 @@ def _describe(config: Config, model: BEVT, loader: Loader, world: World, steps: 
     )
 
 
-def _note_bad_files(batches: list[Batch], path: Path, display: Display) -> None:
-    """Name every unreadable file in the log and in `bad_files.jsonl`."""
-    bad = [entry for batch in batches for entry in batch.bad]
+def _note_bad_files(bad: Sequence[BadFile], path: Path) -> None:
+    """Add unreadable files, which the loader has named in the log, to `bad_files.jsonl`."""
     if bad:
         with path.open("a") as f:
-            for entry in bad:
-                f.write(json.dumps(asdict(entry)) + "\n")
-                display.note(f"unreadable: {entry.path} ({entry.error}); read in its place: {entry.replaced_by}")
+            f.writelines(json.dumps(asdict(entry)) + "\n" for entry in bad)
 
 
 def _finish(
@@ -333,70 +332,3 @@ class Stop:
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
-
-
-class Meter:
-    """What the steps since the last row did; device scalars are read once a row."""
-
-    def __init__(self, config: Config, world: World, names: list[str], out: Path) -> None:
-        self.config, self.world, self.names, self.out = config, world, names, out
-        self._unchecked: list[tuple[int, list[str], StepResult]] = []
-        self._clear()
-
-    def _clear(self) -> None:
-        self._results: list[StepResult] = []
-        self._waited = 0.0
-        self._start = time.perf_counter()
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next micro-batch, and how long the loop stood still for it."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - start
-        return batch
-
-    def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
-        """Step `step` (1-based) is under way on the device."""
-        ids = [name for batch in batches for name in (*batch.clip_ids, *batch.image_ids)]
-        self._results.append(result)
-        self._unchecked.append((step, ids, result))
-
-    def check_finite(self) -> None:
-        """Raise RunError for the first step since the last check whose loss or gradients were not finite.
-
-        Its update was skipped on the device.
-        """
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked or all(torch.stack([result.finite for _, _, result in unchecked]).tolist()):
-            return
-        step, ids, result = next(entry for entry in unchecked if not entry[2].finite)
-        worst = int(result.worst)
-        parameter = self.names[worst] if worst >= 0 else None
-        where = f"the gradient of {parameter} is the first that is not" if parameter else "every gradient is finite"
-        values = {name: float(value) for name, value in result.values.items()}
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}  # JSON has no NaN
-        path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
-        path.write_text(
-            json.dumps({"step": step, "parameter": parameter, "values": plain, "inputs": ids}, indent=2) + "\n"
-        )
-        raise RunError(
-            f"step {step}: the loss or a gradient is not finite "
-            f"({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). Going back from the loss, {where}. "
-            f"The step was not applied; its {len(ids)} inputs are listed in {path}. "
-            "A lower --optim.lr, --train.precision float32 or a longer warm-up are the usual cures"
-        )
-
-    def row(self, step: int, lr: float) -> dict[str, Any]:
-        """The means since the last row, over all processes: one device read."""
-        count, seconds = len(self._results), time.perf_counter() - self._start
-        names = list(self._results[0].values)
-        values = torch.stack([torch.stack([r.values[n].float() for n in names]) for r in self._results]).mean(0)
-        values = self.world.mean(values)
-        row: dict[str, Any] = {"event": "train", "step": step, **dict(zip(names, values.tolist())), "lr": lr}
-        row["step_seconds"] = seconds / count
-        row["data_wait"] = self._waited / seconds
-        for stream in ("clips", "images"):
-            if getattr(self.config.train, stream):
-                row[f"{stream}_per_second"] = getattr(self.config.train, stream) * count / seconds
-        self._clear()
-        return row

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from torch import Tensor
+
+from bevt.config import Config, UserError
+from bevt.data.batch import Batch
+from bevt.train.distributed import World
+from bevt.train.step import StepResult
 
 
 class MetricsWriter:
@@ -56,6 +66,88 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class RunError(UserError):
+    """A run that cannot start or go on; the message says what is wrong and what to do."""
+
+
+class Meter:
+    """What the steps since the last row did; device scalars are read once a row."""
+
+    def __init__(self, config: Config, world: World, names: list[str], out: Path) -> None:
+        self.config, self.world, self.names, self.out = config, world, names, out
+        self._unchecked: list[tuple[int, list[str], StepResult]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = self._timed = 0
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps of a row that is not written yet, over all processes: a stop must not change what it will say."""
+        return {"count": self._count, "sums": {name: self.world.mean(v.clone()) for name, v in self._sums.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the row of `state`."""
+        self._count = state["count"]
+        self._sums = {name: value.to(self.world.device) for name, value in state["sums"].items()}
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch, and how long the loop stood still for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
+        """Step `step` (1-based) is under way on the device."""
+        ids = [name for batch in batches for name in (*batch.clip_ids, *batch.image_ids)]
+        for name, value in result.values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+        self._timed += 1
+        self._unchecked.append((step, ids, result))
+
+    def check_finite(self) -> None:
+        """Raise RunError for the first step since the last check whose loss or gradients were not finite.
+
+        Its update was skipped on the device.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or all(torch.stack([result.finite for _, _, result in unchecked]).tolist()):
+            return
+        step, ids, result = next(entry for entry in unchecked if not entry[2].finite)
+        worst = int(result.worst)
+        parameter = self.names[worst] if worst >= 0 else None
+        where = f"the gradient of {parameter} is the first that is not" if parameter else "every gradient is finite"
+        values = {name: float(value) for name, value in result.values.items()}
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}  # JSON has no NaN
+        path = self.out / f"nonfinite{'' if self.world.main else f'_rank{self.world.rank}'}.json"
+        path.write_text(
+            json.dumps({"step": step, "parameter": parameter, "values": plain, "inputs": ids}, indent=2) + "\n"
+        )
+        raise RunError(
+            f"step {step}: the loss or a gradient is not finite "
+            f"({', '.join(f'{k} {v:.4g}' for k, v in values.items())}). Going back from the loss, {where}. "
+            f"The step was not applied; its {len(ids)} inputs are listed in {path}. "
+            "A lower --optim.lr, --train.precision float32 or a longer warm-up are the usual cures"
+        )
+
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """The means since the last row, over all processes: one device read."""
+        seconds = time.perf_counter() - self._start
+        values = self.world.mean(torch.stack(list(self._sums.values())) / self._count)
+        row: dict[str, Any] = {"event": "train", "step": step, **dict(zip(self._sums, values.tolist())), "lr": lr}
+        row["step_seconds"] = seconds / self._timed
+        row["data_wait"] = self._waited / seconds
+        for stream in ("clips", "images"):
+            if getattr(self.config.train, stream):
+                row[f"{stream}_per_second"] = getattr(self.config.train, stream) * self._timed / seconds
+        self._clear()
+        return row
+
+
 @contextmanager
 def counting(title: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar, on a terminal, for work that is counted in files: yields a function to call with (done, in all)."""
@@ -79,12 +171,11 @@ class Display:
         if enabled and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn(title),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=10),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", table_column=Column()),  # wraps on a narrow terminal
                 console=self.console,
             )
             self._task = self._bar.add_task(title, total=total, completed=start, text="")

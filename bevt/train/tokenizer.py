@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bevt.config import Config
+from bevt.config import Config, check_frames
 from bevt.data import augment
 from bevt.data.build import frame_batches
 from bevt.tokenizers.vq import FitReport, VQConfig, fit
@@ -16,9 +16,10 @@ from bevt.train.metrics import Display
 def fit_tokenizer(config: Config, vq: VQConfig, out: Path, *, quiet: bool = False) -> FitReport:
     """Fit on the frames that `config.data` names, each in the tokenizer's view, and write `out` (safetensors).
 
-    Raises DataError for data that cannot be read, OSError for a file that cannot be written, FloatingPointError for a
-    loss that is not finite.
+    Raises ConfigError for a key that cannot be used, DataError for data that cannot be read, OSError for a file that
+    cannot be written, FloatingPointError for a loss that is not finite.
     """
+    check_frames(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -22,8 +22,9 @@ import torch
 from bevt.config import Config, ConfigError
 from bevt.data import DataError, shapes
 from bevt.data.batch import BadFile, Batch
-from bevt.data.build import build_loader, eval_batches, frame_batches
+from bevt.data.build import READERS, build_loader, eval_batches, frame_batches
 from bevt.data.manifest import index
+from bevt.data.sampling import Request, Sampler
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install av")
 
@@ -152,6 +153,18 @@ def test_unknown_backend(config: Config) -> None:
         build_loader(with_data(config, backend="nvdec"))
 
 
+@pytest.mark.parametrize("key", ["clip_mask", "image_mask"])
+def test_a_mask_that_does_not_fit(config: Config, key: str) -> None:
+    """An error of the configuration, before anything is decoded; not where the stream takes no part."""
+    wrong = replace(config, **{key: replace(getattr(config, key), min_block=100)})
+    with pytest.raises(ConfigError, match=rf"{key}\.min_block = 100 must lie in 1\.\."):
+        build_loader(wrong)
+    with pytest.raises(ConfigError, match=rf"{key}\.min_block = 100 must lie in 1\.\."):
+        eval_batches(wrong)
+    build_loader(with_train(wrong, clips=0) if key == "clip_mask" else with_train(wrong, images=0))
+    next(frame_batches(wrong, 2, seed=0))
+
+
 @pytest.fixture
 def damaged(dataset: shapes.ShapesPaths, config: Config, tmp_path: Path) -> Iterator[Config]:
     """Two of ten images turn unreadable after they were indexed."""
@@ -191,6 +204,35 @@ def test_too_many_unreadable_files(damaged: Config, tmp_path: Path) -> None:
         path.write_text("damaged")
     with pytest.raises(DataError, match=r"10 files in a row cannot be read, at position 0 of the images"):
         take(damaged, 1)
+
+
+@pytest.fixture
+def known_damage(damaged: Config, tmp_path: Path) -> Config:
+    """The same, with a manifest that knows them."""
+    index(str(tmp_path / "images"), "images", cache=tmp_path / "known.jsonl")
+    return with_data(damaged, images=str(tmp_path / "known.jsonl"))
+
+
+def test_files_known_to_be_unreadable(known_damage: Config, damaged: Config, config: Config, tmp_path: Path) -> None:
+    """They are reported once, not decoded; the epoch and the samples are those of files that turn out unreadable."""
+    loader = build_loader(known_damage)
+    assert loader.unreadable == tuple(
+        BadFile(
+            "images",
+            -1,
+            str(tmp_path / "images" / name),
+            "not an image that Pillow recognises",
+            "the next readable file of the epoch",
+        )
+        for name in ("0002.jpg", "0005.jpg")
+    )
+    assert build_loader(config).unreadable == ()
+    assert (loader.images, build_loader(with_train(known_damage, clips=0)).steps_per_epoch) == (10, 10 / 8)
+    for known, found in zip(take(known_damage, 4), take(damaged, 4), strict=True):
+        assert known.bad == ()
+        assert_same(known, replace(found, bad=()))
+    first, second = (next(frame_batches(with_data(c, clips=""), 10, seed=0)) for c in (known_damage, damaged))
+    assert torch.equal(first, second)
 
 
 def test_held_out_data(config: Config) -> None:
@@ -245,12 +287,58 @@ def test_a_killed_worker_is_an_error(config: Config) -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_defect_in_a_worker_is_an_error(config: Config, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the worker's traceback, the names of the samples, and no process left behind."""
+    real = Sampler.request
+
+    def outside(sampler: Sampler, position: int, substitute: int = 0) -> Request:
+        return replace(real(sampler, position, substitute), crop=(10**6, 0))
+
+    monkeypatch.setattr(Sampler, "request", outside)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)one of .*\.jpg.*in _pixels.*RuntimeError: "):
+        take(with_data(config, workers=workers), 1)
+    assert time.monotonic() - begin < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), r"\.\w+: not enough memory to decode it; lower data\.workers"),
+        (DataError("no PyAV"), "^no PyAV$"),
+    ],
+)
+def test_an_error_for_the_user_stays_one(
+    config: Config, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it was decoded."""
+
+    def read(request: Request) -> np.ndarray:
+        raise error
+
+    monkeypatch.setitem(READERS, "pyav", read)
+    with pytest.raises(DataError, match=message):
+        take(config, 1)
+
+
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
+from dataclasses import replace
 from bevt.config import Config, DataConfig, MaskConfig, TrainConfig
 from bevt.data.build import build_loader
+from bevt.data.sampling import Sampler
 
 if __name__ == "__main__":
+    if sys.argv[2] == "defect":
+        real = Sampler.request
+        Sampler.request = lambda self, position: replace(
+            real(self, position), crop=(0, 0) if position < 10 else (10**6, 0)
+        )
+    if sys.argv[2] == "defect here":
+        real = Sampler.request
+        Sampler.request = lambda self, position: real(self, position if position < 10 else "ten")
     signal.signal(signal.SIGTERM, lambda *_: print("told", file=sys.stderr))
     loader = build_loader(Config(
         image_mask=MaskConfig(kind="block", min_block=4),
@@ -265,6 +353,9 @@ if __name__ == "__main__":
     if sys.argv[2] == "signal":
         os.killpg(0, signal.SIGTERM)
         for _ in range(8):
+            next(batches)
+    if sys.argv[2].startswith("defect"):
+        while True:
             next(batches)
     raise RuntimeError("the end")
 """
@@ -304,6 +395,19 @@ def test_an_exception_ends_the_workers(config: Config, tmp_path: Path) -> None:
     process, worker = start(tmp_path, config, "raise")
     _, err = process.communicate(timeout=60)
     assert "RuntimeError: the end" in err
+    assert_ends(worker)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("defect", "RuntimeError: a defect of bevt, met while decoding one of"), ("defect here", "TypeError: ")],
+)
+def test_a_defect_ends_the_process(config: Config, tmp_path: Path, mode: str, message: str) -> None:
+    """In a worker; and in the parent below torch's iterator, which its traceback then keeps from ending the worker."""
+    process, worker = start(tmp_path, config, mode)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in err
     assert_ends(worker)
 
 

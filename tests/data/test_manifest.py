@@ -206,6 +206,18 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         open_source(str(tmp_path / "binary.bin"), "clips")
 
 
+def test_unreadable_files_are_named_in_the_log(clips: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Twenty of them with the reason; then how many there are."""
+    for i in range(22):
+        (clips / f"bad{i:02}.mp4").touch()
+    open_source(str(clips), "clips")
+    named = [line for line in caplog.messages if line.endswith(".mp4: the file is empty (0 bytes)")]
+    assert named == [f"{clips}/bad{i:02}.mp4: the file is empty (0 bytes)" for i in range(20)]
+    assert caplog.messages[20] == (
+        f"{clips}: 22 of 24 files cannot be read, 2 more than are named here (see `bevt data check`)"
+    )
+
+
 def test_manifest_of_the_other_kind(clips: Path) -> None:
     """A manifest of videos does not serve the image stream."""
     index(str(clips), "clips", cache=clips / "m.jsonl")

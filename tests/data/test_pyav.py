@@ -151,6 +151,17 @@ def test_read_error_names_file_and_reason(tmp_path: Path) -> None:
         pyav.read(request_for(tmp_path / "a.jpg", (64, 64), (0,), stream="images"))
 
 
+def test_a_frame_that_cannot_be_converted(dataset: shapes.ShapesPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg's complaint is about the file, whichever step it comes from."""
+
+    def refuse(*_: object) -> None:
+        raise av.error.InvalidDataError(1094995529, "Invalid data found when processing input")
+
+    monkeypatch.setattr(pyav, "_rgb", refuse)
+    with pytest.raises(pyav.ReadError, match=r"0000\.mp4: frame 3 cannot be converted to RGB \(Invalid data"):
+        pyav.read(request_for(Path(dataset.train_clips) / "0000.mp4", (112, 128), (3,)))
+
+
 def test_fewer_frames_than_promised(real_clips: Path) -> None:
     """A file that was replaced after it was indexed."""
     with pytest.raises(pyav.ReadError, match="ends before frame 40"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,6 +97,25 @@ def test_substitute_is_the_next_file_with_the_same_mask() -> None:
     sampler = Sampler(IMAGES, DataConfig(), "images", 0)
     assert sampler.request(7, substitute=2).path == sampler.request(9).path
     assert sampler.request(7, substitute=2).mask_seed == sampler.request(7).mask_seed
+
+
+def test_files_known_to_be_unreadable_keep_their_places() -> None:
+    """They change neither the length nor another position; theirs go to the next readable file of the epoch's order."""
+    bad = {"/images/3.jpg", "/images/17.jpg", "/images/18.jpg"}
+    entries = tuple(
+        replace(entry, error="damaged" if f"/images/{entry.path}" in bad else None) for entry in IMAGES.entries
+    )
+    whole = Sampler(IMAGES, DataConfig(), "images", 0)
+    sampler = Sampler(replace(IMAGES, entries=entries), DataConfig(), "images", 0)
+    assert (len(sampler), sampler.readable) == (50, 47)
+    assert sampler.manifest.fingerprint() == IMAGES.fingerprint()
+    for epoch in (0, 1):
+        order = [whole.request(50 * epoch + place).path for place in range(50)]
+        for place in range(50):
+            left = [path for path in order[place:] + order[:place] if path not in bad]
+            for k in range(3):
+                request = sampler.request(50 * epoch + place, substitute=k)
+                assert request == replace(whole.request(50 * epoch + place), path=left[k])
 
 
 def test_known_values() -> None:

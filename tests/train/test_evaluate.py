@@ -40,7 +40,7 @@ def held_out(config: Config, dataset: shapes.ShapesPaths) -> Config:
 @pytest.fixture(scope="module")
 def tokenizer(config: Config) -> Tokenizer:
     """The seeded one."""
-    return tokenizers.build(config.tokenizer)
+    return tokenizers.build(config.tokenizer, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tiny import ENVIRONMENT, ROOT, changed, command, figures, signalling, train
 from bevt.config import Config
 from bevt.train import checkpoint
 from bevt.train.loop import pretrain
-from bevt.train.metrics import MetricsWriter
+from bevt.train.metrics import Display, MetricsWriter
 
 STEPS, EVERY = 20, 6
 """Steps of the run, and between its checkpoints; an epoch has 3.5 steps."""
@@ -150,6 +150,27 @@ def test_sigterm_before_the_first_step(config: Config, tmp_path: Path, monkeypat
     assert (result.step, result.finished) == (0, False)
     assert pretrain(config, tmp_path / "run", resume=True, quiet=True).finished
     pretrain(config, tmp_path / "whole", quiet=True)
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_a_stop_between_two_rows(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows average steps; the row that the stop cut in two is that of the uninterrupted run."""
+    sparse = changed(config, train={"log_every": 4, "checkpoint_every": 100})
+    done = 0
+
+    def step(self: Display, steps: int) -> None:
+        nonlocal done
+        done += 1
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "step", step)
+        assert pretrain(sparse, tmp_path / "run", quiet=True).step == 2
+    assert not train_rows(tmp_path / "run")
+    assert pretrain(sparse, tmp_path / "run", resume=True, quiet=True).finished
+    pretrain(sparse, tmp_path / "whole", quiet=True)
+    assert [row["step"] for row in figures(tmp_path / "run")] == [4, 6]
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 

@@ -57,7 +57,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def trainer(config: Config, seed: int = 0) -> tuple[BEVT, TrainStep]:
     """A seeded model and what steps it."""
-    tokenizer = tokenizers.build(config.tokenizer)
+    tokenizer = tokenizers.build(config.tokenizer, torch.device("cpu"))
     torch.manual_seed(seed)
     model = build_model(config, tokenizer.vocab_size, WORLD.device)
     return model, TrainStep(model, tokenizer, build_optimizer(model, config.optim), config, WORLD)

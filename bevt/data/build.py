@@ -27,7 +27,7 @@ from bevt import masking
 from bevt.config import Config, ConfigError, MaskConfig, UserError
 from bevt.data import DataError, pyav
 from bevt.data.batch import BadFile, Batch
-from bevt.data.manifest import open_source
+from bevt.data.manifest import Manifest, open_source
 from bevt.data.processes import context, end, initialize
 from bevt.data.sampling import STREAMS, Request, Sampler, Stream
 
@@ -156,6 +156,13 @@ class StepLoader:
             step += 1
 
 
+def check_held_out(manifest: Manifest) -> None:
+    """Raise DataError where a file cannot be read: in held-out data nothing is replaced."""
+    for entry in manifest.entries:
+        if entry.error:
+            raise DataError(f"{manifest.locate(entry)}: {entry.error}; {_NEVER_REPLACED}")
+
+
 def eval_batches(
     config: Config, *, micro_clips: int | None = None, micro_images: int | None = None
 ) -> Generator[Batch, None, None]:
@@ -173,10 +180,7 @@ def eval_batches(
     )
 
     for sampler in samplers.values():
-        for entry in sampler.manifest.entries:
-            if entry.error:
-                raise DataError(f"{sampler.manifest.locate(entry)}: {entry.error}; {_NEVER_REPLACED}")
-
+        check_held_out(sampler.manifest)
     sizes: dict[Stream, tuple[int, int]] = {
         "clips": (train.eval_clips, micro_clips or train.micro_clips),
         "images": (train.eval_images, micro_images or train.micro_images),

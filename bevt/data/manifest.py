@@ -151,19 +151,24 @@ class Problem:
     advice: str
 
 
-def open_source(path: str, kind: Kind, *, progress: Progress | None = None) -> Manifest:
+def probe_source(path: str, kind: Kind, *, progress: Progress | None = None) -> Manifest:
     """The manifest of what a configuration names: a folder, a manifest (`.jsonl`), or a list of `path label` lines.
 
     Folders and lists are indexed on the fly; the result is kept in `.bevt_manifest_<kind>.jsonl` inside the folder (for
     a list: `.<name>.bevt_manifest_<kind>.jsonl` beside it), or in the user's cache folder where that is not writable.
-    Unreadable files are named in the log. Raises DataError as `index`, and where no file is readable.
+    Raises DataError as `index`.
     """
     if path.endswith(".jsonl"):
         manifest = Manifest.load(path)
         if manifest.kind != kind:
             raise DataError(f"{path} lists {manifest.kind}, not {kind}")
-    else:
-        manifest = index(path, kind, cache=cache_path(Path(path), kind), progress=progress)
+        return manifest
+    return index(path, kind, cache=cache_path(Path(path), kind), progress=progress)
+
+
+def open_source(path: str, kind: Kind) -> Manifest:
+    """`probe_source` for use: unreadable files are named in the log; DataError where no file is readable."""
+    manifest = probe_source(path, kind)
     bad = [entry for entry in manifest.entries if entry.error]
     if len(bad) == len(manifest.entries):
         reasons = "\n".join(f"  {entry.path}: {entry.error}" for entry in bad[:5])

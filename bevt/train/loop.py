@@ -21,8 +21,8 @@ import bevt
 from bevt import tokenizers
 from bevt.config import Config, check, to_dict
 from bevt.data.batch import BadFile, Loader
-from bevt.data.build import build_loader
-from bevt.data.manifest import Kind, open_source
+from bevt.data.build import build_loader, check_held_out
+from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.train import checkpoint
@@ -110,7 +110,8 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         elif config.init:
             display.note(f"{config.init}: {initialise(model, config, digest)}")
         display.note(_describe(config, model, implementations, loader, world, steps))
-        _note_bad_files(loader.unreadable, bad_files)
+        if not saved:
+            _note_bad_files(loader.unreadable, bad_files)
         train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world)
         writer = MetricsWriter(out, start) if world.main else None
         if writer:
@@ -219,17 +220,16 @@ def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
 
 def _probe_sources(config: Config, world: World, quiet: bool) -> None:
     """Look at every file of the run's data once, held-out data included, in one process before the others need it."""
-    sources: list[tuple[Kind, str, int]] = [
-        ("clips", config.data.clips, config.train.clips),
-        ("images", config.data.images, config.train.images),
-        ("clips", config.data.val_clips, config.train.eval_clips * bool(config.train.clips)),
-        ("images", config.data.val_images, config.train.eval_images * bool(config.train.images)),
-    ]
-    if world.main:
-        for kind, source, count in sources:
-            if source and count:
-                with counting(f"probing {source}", enabled=not quiet) as progress:
-                    open_source(source, kind, progress=progress)
+    kinds: tuple[Kind, ...] = ("clips", "images")
+    for kind in kinds if world.main else ():
+        if not getattr(config.train, kind):
+            continue
+        with counting(f"probing {kind}", enabled=not quiet) as progress:
+            probe_source(getattr(config.data, kind), kind, progress=progress)
+        held_out = getattr(config.data, f"val_{kind}")
+        if held_out and getattr(config.train, f"eval_{kind}"):
+            with counting(f"probing held-out {kind}", enabled=not quiet) as progress:
+                check_held_out(probe_source(held_out, kind, progress=progress))
     world.barrier()
 
 

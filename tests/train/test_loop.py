@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import changed, figures, train_rows
 
 from bevt.config import Config
+from bevt.data import DataError
 from bevt.data.manifest import index
 from bevt.models.bevt import BEVT
 from bevt.train import checkpoint
@@ -202,3 +203,28 @@ def test_lines_without_a_terminal(config: Config, tmp_path: Path, capsys: pytest
     for part in ("loss ", "clips ", "images ", "acc ", "clips/s", "images/s", "data wait", "ETA 0:00"):
         assert part in last
     assert figures(tmp_path)[1]["loss"] == pytest.approx(float(last.split("loss ")[1].split()[0]), abs=1e-3)
+
+
+def test_unreadable_held_out_data_is_refused_before_the_run(config: Config, tmp_path: Path) -> None:
+    """Not after it: a run takes days."""
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    (held_out / "notes.mp4").write_text("not a video")
+    with pytest.raises(DataError, match=r"notes\.mp4: .*held-out data is never replaced"):
+        pretrain(changed(config, data={"val_clips": str(held_out)}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_files_that_the_index_knows_to_be_unreadable_are_listed_once(config: Config, tmp_path: Path) -> None:
+    """In `bad_files.jsonl`, at the start; the epoch keeps its length, and a resumed run does not list them again."""
+    shutil.copytree(config.data.clips, tmp_path / "clips", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "clips" / "notes.mp4").write_text("not a video")
+    broken = changed(config, data={"clips": str(tmp_path / "clips")})
+    out = tmp_path / "run"
+    pretrain(broken, out, quiet=True)
+    pretrain(broken, out, quiet=True, resume=True)
+    (row,) = [
+        json.loads(line) for line in (out / "bad_files.jsonl").read_text().splitlines() if '"position": -1' in line
+    ]
+    assert row["path"] == str(tmp_path / "clips" / "notes.mp4")
+    assert row["replaced_by"] == "the next readable file of the epoch"

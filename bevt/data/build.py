@@ -42,21 +42,17 @@ FRAMES_PER_CLIP = 4
 
 _NEVER_REPLACED = "held-out data is never replaced: repair the file or remove it"
 
-OnBad = Callable[[BadFile], None]
-
 _log = logging.getLogger("bevt.data")
 
 
-def build_loader(
-    config: Config, *, rank: int = 0, world_size: int = 1, start_step: int = 0, on_bad: OnBad | None = None
-) -> StepLoader:
-    """The training data of one device, from step `start_step` on.
+def build_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> StepLoader:
+    """The training data of one device, from step 0 on (`load_state_dict` continues elsewhere).
 
-    `on_bad` is called with every file that turns out unreadable (it is also logged, and listed in `Batch.bad`); those
-    that the index knows already are in `unreadable`. Raises ConfigError where the batch sizes do not divide, the
-    backend does not exist or a mask does not fit the crop, DataError where a source holds nothing that can be read.
+    A file that turns out unreadable is logged and listed in `Batch.bad`; those that the index knows already are in
+    `unreadable`. Raises ConfigError where the batch sizes do not divide, the backend does not exist or a mask does not
+    fit the crop, DataError where a source holds nothing that can be read.
     """
-    return StepLoader(config, rank, world_size, start_step, on_bad)
+    return StepLoader(config, rank, world_size)
 
 
 class StepLoader:
@@ -66,8 +62,8 @@ class StepLoader:
     """Micro-batches in one optimizer step."""
     steps_per_epoch: float
 
-    def __init__(self, config: Config, rank: int, world_size: int, start_step: int, on_bad: OnBad | None) -> None:
-        self._config, self._rank, self._world_size, self._on_bad = config, rank, world_size, on_bad
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._config, self._rank, self._world_size = config, rank, world_size
         self.accumulation = _accumulation(config, world_size)
         self.num_workers = config.data.workers
         self._decoder = _Decoder(config, [stream for stream in STREAMS if getattr(config.train, stream)])
@@ -84,7 +80,7 @@ class StepLoader:
             self.steps_per_epoch = self.clips / config.train.clips
         else:
             self.steps_per_epoch = self.images / config.train.images
-        self._start, self._served = start_step, 0
+        self._start = self._served = 0
         self._running: Generator[Batch, None, None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -94,7 +90,7 @@ class StepLoader:
         return self._running
 
     def _batches(self) -> Generator[Batch, None, None]:
-        batches = _serve(self._decoder, self._samplers, self._plans(self._start), self._config, self._on_bad)
+        batches = _serve(self._decoder, self._samplers, self._plans(self._start), self._config)
         with contextlib.closing(batches):
             for batch in batches:
                 self._served += 1
@@ -193,7 +189,7 @@ def eval_batches(
             for i in range(0, len(requests), size):
                 yield _Plan(**{"clips": [], "images": [], stream: requests[i : i + size]})
 
-    return _serve(_Decoder(config, samplers), samplers, plans(), config, None, substitute=False)
+    return _serve(_Decoder(config, samplers), samplers, plans(), config, substitute=False)
 
 
 def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tensor, None, None]:
@@ -220,7 +216,7 @@ def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tenso
             )
             step += 1
 
-    batches = _serve(_Decoder(config, masked=()), samplers, plans(), config, None, adapt=_thinned)
+    batches = _serve(_Decoder(config, masked=()), samplers, plans(), config, adapt=_thinned)
     with contextlib.closing(batches):
         for batch in batches:
             parts = [] if batch.clips is None else [batch.clips.flatten(0, 1)[:from_clips]]
@@ -321,7 +317,6 @@ def _serve(
     samplers: dict[Stream, Sampler],
     plans: Iterable[_Plan],
     config: Config,
-    on_bad: OnBad | None,
     *,
     substitute: bool = True,
     adapt: Callable[[Request], Request] = lambda request: request,
@@ -392,8 +387,6 @@ def _serve(
                 getattr(plan, name)[row] = used
             for report in bad:
                 _log.warning("%s: %s; read in its place: %s", report.path, report.error, report.replaced_by)
-                if on_bad:
-                    on_bad(report)
             yield Batch(
                 clips=decoded.clips,
                 clip_masks=decoded.clip_masks,

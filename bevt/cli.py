@@ -89,7 +89,10 @@ class TokenizerFitArgs:
 
 @dataclass(frozen=True)
 class DataIndexArgs:
-    """Probe every file once and keep what was found in a manifest; unchanged files are not probed again."""
+    """Probe every file once and keep what was found in a manifest; unchanged files are not probed again.
+
+    Exit status 1 where no file can be read.
+    """
 
     source: tyro.conf.Positional[str]
     """Folder (all levels) or list file (`path label` lines) of videos or images."""
@@ -217,7 +220,7 @@ def _data_index(argv: list[str]) -> int:
     for entry in bad:
         print(f"{entry.path}: {entry.error}")
     print(f"{len(manifest.readable())} readable {manifest.kind}, {len(bad)} unreadable")
-    return 0
+    return 0 if manifest.readable() else 1
 
 
 def _data_check(argv: list[str]) -> int:
@@ -241,6 +244,8 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
     if source.endswith(".jsonl"):
         return Manifest.load(source)
     chosen = guess_kind(source) if kind == "auto" else kind
+    if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise ConfigError(f"--out {out} cannot be written: name a file in a folder that exists")
     cache = out or cache_path(Path(source), chosen)
     with counting(f"probing {chosen}") as progress:
         manifest = index(source, chosen, cache=cache, progress=progress)

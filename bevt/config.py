@@ -102,9 +102,9 @@ class DataConfig:
     """Where samples come from and how they are cut (spec: BEVT's joint stage)."""
 
     clips: str = ""
-    """Folder of videos, or a manifest written by `bevt data index`; empty: no video stream."""
+    """Folder of videos, list of `path label` lines, or manifest of `bevt data index`; empty: no video stream."""
     images: str = ""
-    """Folder of images, or a manifest; empty: no image stream."""
+    """Folder of images, list, or manifest; empty: no image stream."""
     val_clips: str = ""
     """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
     val_images: str = ""

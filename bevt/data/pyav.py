@@ -134,9 +134,12 @@ def open_image(path: str) -> Image.Image:
 
 
 def upright(path: str, image: Image.Image) -> Image.Image:
-    """The decoded image in RGB, turned as its EXIF data says. Raises ReadError."""
+    """The decoded image in RGB, turned as its EXIF data says; 16-bit levels keep their upper byte. Raises ReadError."""
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # Pillow would cut 16-bit levels off at 255, not scale them
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
     except _PILLOW_ERRORS as error:
         raise ReadError(path, f"cannot be decoded ({error})") from error
 

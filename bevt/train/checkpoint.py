@@ -71,7 +71,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     if not path.is_file() or not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is no checkpoint, or was cut short; give an older one of its run")
+        raise CheckpointError(f"{path} is no checkpoint, or was cut short")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -6,7 +6,9 @@ where a file could not be read, `nonfinite.json` where a loss was not finite, an
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ import torch
 import bevt
 from bevt import tokenizers
 from bevt.config import Config, check, to_dict
+from bevt.data import DataError
 from bevt.data.batch import BadFile, Loader
 from bevt.data.build import build_loader, check_held_out
 from bevt.data.manifest import Kind, probe_source
@@ -71,7 +74,14 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = F
 
 
 def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, quiet: bool) -> RunResult:
-    saved = _open_run(config, out, world, resume)
+    with ExitStack() as stack:
+        saved = _open_run(config, out, world, stack, resume)
+        return _train(config, out, world, stop, stack, saved, quiet)
+
+
+def _train(
+    config: Config, out: Path, world: World, stop: Stop, stack: ExitStack, saved: dict[str, Any] | None, quiet: bool
+) -> RunResult:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     tokenizer = tokenizers.build(config.tokenizer, world.device)
@@ -84,93 +94,97 @@ def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, q
         )
     _probe_sources(config, world, quiet)
     bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
-    with ExitStack() as stack:
-        loader = build_loader(config, rank=world.rank, world_size=world.size)
-        stack.callback(loader.close)
-        steps = total_steps(config.optim, loader.steps_per_epoch)
-        display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
-        stack.callback(display.close)
-        torch.manual_seed(config.train.seed)
-        model = build_model(config, tokenizer.vocab_size, world.device)
-        optimizer = build_optimizer(model, config.optim)
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        meter = Meter(config, world, names, out)
-        implementations = {**model.implementations, "linear_argmax": tokenizer.impl}
-        if saved:
-            weights.load(model, saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            meter.load_state_dict(saved["meter"])
-            try:
-                loader.load_state_dict(saved["loader"])
-            except ValueError as error:
-                raise RunError(f"{out} cannot be resumed: {error}") from error
-            display.note(f"resumed {out} at step {start}")
-            for op, was, now in _differences(saved["implementations"], implementations):
-                display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
-        elif config.init:
-            display.note(f"{config.init}: {initialise(model, config, digest)}")
-        display.note(_describe(config, model, implementations, loader, world, steps))
-        if not saved:
-            _note_bad_files(loader.unreadable, bad_files)
-        train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world)
-        writer = MetricsWriter(out, start) if world.main else None
-        if writer:
-            stack.callback(writer.close)
+    loader = build_loader(config, rank=world.rank, world_size=world.size)
+    stack.callback(loader.close)
+    steps = total_steps(config.optim, loader.steps_per_epoch)
+    display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
+    stack.callback(display.close)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, tokenizer.vocab_size, world.device)
+    optimizer = build_optimizer(model, config.optim)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    meter = Meter(config, world, names, out)
+    implementations = {**model.implementations, "linear_argmax": tokenizer.impl}
+    if saved:
+        weights.load(model, saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        meter.load_state_dict(saved["meter"])
+        try:
+            loader.load_state_dict(saved["loader"])
+        except ValueError as error:
+            raise RunError(f"{out} cannot be resumed: {error}") from error
+        display.note(f"resumed {out} at step {start}")
+        for op, was, now in _differences(saved["implementations"], implementations):
+            display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
+    elif config.init:
+        display.note(f"{config.init}: {initialise(model, config, digest)}")
+    display.note(_describe(config, model, implementations, loader, world, steps))
+    if not saved:
+        _note_bad_files(loader.unreadable, bad_files)
+    train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world)
+    writer = MetricsWriter(out, start) if world.main else None
+    if writer:
+        stack.callback(writer.close)
 
-        def save(step: int) -> Path:
-            meter.check_finite()
-            path = out / "checkpoints" / f"step_{step:08d}.pt"
-            unwritten = meter.state_dict()
-            if world.main:
-                payload = {
-                    "config": to_dict(config),
-                    "tokenizer": digest,
-                    "streams": list(model.streams),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "loader": loader.state_dict(),
-                    "meter": unwritten,
-                    "versions": {
-                        "bevt": bevt.__version__,
-                        "torch": str(torch.__version__),
-                        "python": platform.python_version(),
-                    },
-                    "implementations": implementations,
-                }
-                path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
-            world.barrier()
-            return path
+    def save(step: int) -> Path:
+        meter.check_finite()
+        path = out / "checkpoints" / f"step_{step:08d}.pt"
+        unwritten = meter.state_dict()
+        if world.main:
+            payload = {
+                "config": to_dict(config),
+                "tokenizer": digest,
+                "streams": list(model.streams),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "loader": loader.state_dict(),
+                "meter": unwritten,
+                "versions": {
+                    "bevt": bevt.__version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
+                },
+                "implementations": implementations,
+            }
+            path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
+        world.barrier()
+        return path
 
-        batches = iter(loader)
-        step, last = start, checkpoint.latest(out / "checkpoints")
-        while step < steps and not world.any(stop.requested):
+    batches = iter(loader)
+    step, last = start, checkpoint.latest(out / "checkpoints")
+    while step < steps and not world.any(stop.requested):
+        try:
             micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
-            result = train_step(step, learning_rate(config.optim, step, steps), micro)
-            step += 1
-            meter.add(step, micro, result)
-            display.step(step)
-            _note_bad_files([entry for batch in micro for entry in batch.bad], bad_files)
-            checkpointed = step % config.train.checkpoint_every == 0 or step == steps
-            # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
-            logged = step % config.train.log_every == 0 or checkpointed
-            if logged or world.device.type == "cpu":
-                meter.check_finite()
-            if logged:
-                row = meter.row(step, learning_rate(config.optim, step - 1, steps))
-                if writer:
-                    writer.write(row)
-                display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
-            if checkpointed:
-                last = save(step)
-        if step < steps:
+        except DataError:
+            if world.size == 1 and step > start:  # several processes could not meet to write it
+                display.note(f"what was trained is kept in {save(step)}")
+            raise
+        result = train_step(step, learning_rate(config.optim, step, steps), micro)
+        step += 1
+        meter.add(step, micro, result)
+        display.step(step)
+        _note_bad_files([entry for batch in micro for entry in batch.bad], bad_files)
+        checkpointed = step % config.train.checkpoint_every == 0 or step == steps
+        # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
+        logged = step % config.train.log_every == 0 or checkpointed
+        if logged or world.device.type == "cpu":
+            meter.check_finite()
+        if logged:
+            row = meter.row(step, learning_rate(config.optim, step - 1, steps))
+            if writer:
+                writer.write(row)
+            display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
+        if checkpointed:
             last = save(step)
-            display.note(f"stopped at step {step} of {steps}; continue with --resume")
-        loader.close()
-        evaluation: dict[str, float] = {}
-        if step == steps and world.main and (config.data.val_clips or config.data.val_images):
-            evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
-        assert last is not None
-        return RunResult(step, steps, last, evaluation)
+    if step < steps:
+        last = save(step)
+        display.note(f"stopped at step {step} of {steps}; continue with --resume")
+    loader.close()
+    evaluation: dict[str, float] = {}
+    if step == steps and world.main and (config.data.val_clips or config.data.val_images):
+        evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
+    assert last is not None
+    return RunResult(step, steps, last, evaluation)
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
@@ -233,14 +247,26 @@ def _probe_sources(config: Config, world: World, quiet: bool) -> None:
     world.barrier()
 
 
-def _open_run(config: Config, out: Path, world: World, resume: bool) -> dict[str, Any] | None:
-    """Make or reopen the run folder; the checkpoint to continue from, if any."""
+def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
+    """Make or reopen the run folder, held by this run until `stack` ends; the checkpoint to continue from, if any."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
+    try:
+        if world.main:
+            out.mkdir(parents=True, exist_ok=True)
+            _hold(out, stack)
+    except OSError as error:
+        raise RunError(f"cannot write to --out {out}: {error.strerror}; name a folder that can be written") from error
+    world.barrier()
     found = checkpoint.latest(out / "checkpoints") if out.exists() else None
     if not resume and out.exists() and ((out / "metrics.jsonl").exists() or found):
         raise RunError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
-    saved = checkpoint.load(found) if found else None
+    try:
+        saved = checkpoint.load(found) if found else None
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(
+            f"{error}; to continue at the checkpoint before it, delete that file and resume again"
+        ) from error
     if saved:
         changed = [
             f"{key} = {old!r}, now {new!r}"
@@ -252,14 +278,19 @@ def _open_run(config: Config, out: Path, world: World, resume: bool) -> dict[str
                 f"{out} cannot be resumed with another configuration: {'; '.join(changed)}. "
                 "Give the run's own values, or start a new run from its weights with --init"
             )
-    try:
-        if world.main:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"cannot write to --out {out}: {error.strerror}; name a folder that can be written") from error
+    if world.main:
+        (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     world.barrier()
     return saved
+
+
+def _hold(out: Path, stack: ExitStack) -> None:
+    """Keep other processes from training in the same folder: a lock that ends with this process, however it ends."""
+    lock = stack.enter_context((out / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"another process is training in {out}: wait for it, end it, or name another --out") from error
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -328,6 +359,8 @@ class Stop:
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        # os.write: a print could interrupt one that is under way.
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more abandons it\n")
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._old.items():

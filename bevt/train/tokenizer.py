@@ -10,7 +10,7 @@ from bevt.config import Config, check_frames
 from bevt.data import augment
 from bevt.data.build import frame_batches
 from bevt.tokenizers.vq import FitReport, VQConfig, fit
-from bevt.train.metrics import Display
+from bevt.train.metrics import Display, RunError
 
 
 def fit_tokenizer(config: Config, vq: VQConfig, out: Path, *, quiet: bool = False) -> FitReport:
@@ -20,10 +20,17 @@ def fit_tokenizer(config: Config, vq: VQConfig, out: Path, *, quiet: bool = Fals
     cannot be written, FloatingPointError for a loss that is not finite.
     """
     check_frames(config)
+    try:  # before the fit, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab"):
+            pass
+        if not out.stat().st_size:
+            out.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write --out {out}: {error.strerror}; name a file in a folder that exists") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    out.parent.mkdir(parents=True, exist_ok=True)
     display = Display("tokenizer", 0, vq.steps, enabled=not quiet)
 
     def report(step: int, metrics: dict[str, float]) -> None:

@@ -190,3 +190,13 @@ def _encode_changing(path: Path) -> None:
             for packet in [*encoder.encode(frame), *encoder.encode(None)]:
                 packet.stream = stream
                 container.mux(packet)
+
+
+def test_16_bit_images_are_scaled(tmp_path: Path) -> None:
+    """Pillow's own conversion would cut everything above 255 off."""
+    path = tmp_path / "deep.png"
+    levels = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(levels).save(path)
+    with Image.open(path) as image:
+        got = np.asarray(pyav.upright(str(path), image))
+    assert np.array_equal(got, np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2))

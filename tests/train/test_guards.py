@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -91,11 +92,14 @@ def test_a_finished_run_stays_as_it_is(config: Config, finished: Path, tmp_path:
 
 
 def test_damaged_checkpoint(config: Config, run: Path) -> None:
-    """The newest one is cut short (by a disk): the file is named."""
+    """The newest one is cut short (by a disk): the file is named, and the way on works."""
     newest = run / "checkpoints" / "step_00000004.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.raises(checkpoint.CheckpointError, match=r"step_00000004.pt is no checkpoint, or was cut short"):
+    says = r"step_00000004.pt is no checkpoint, or was cut short; .*delete that file and resume again"
+    with pytest.raises(checkpoint.CheckpointError, match=says):
         pretrain(config, run, resume=True, quiet=True)
+    newest.unlink()
+    assert pretrain(config, run, resume=True, quiet=True).finished
 
 
 def test_folder_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
@@ -105,3 +109,16 @@ def test_folder_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
         pretrain(config, tmp_path / "file", quiet=True)
     with pytest.raises(RunError, match=r"cannot write to --out .*/file/run: Not a directory"):
         pretrain(config, tmp_path / "file" / "run", quiet=True)
+
+
+def test_two_processes_in_one_folder(config: Config, tmp_path: Path) -> None:
+    """The second is refused while the first lives, and writes nothing."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for resume in (False, True):
+            with pytest.raises(RunError, match=r"another process is training in .*run: wait for it"):
+                pretrain(config, out, resume=resume, quiet=True)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert pretrain(config, out, quiet=True).finished

@@ -27,8 +27,12 @@ STEPS, EVERY = 20, 6
 
 @pytest.fixture(scope="module")
 def long(config: Config) -> Config:
-    """Both streams, drop path, a decoding process: everything that could depend on where a run was cut."""
-    return changed(config, data={"workers": 1}, optim={"max_steps": STEPS}, train={"checkpoint_every": EVERY})
+    """Both streams, drop path, a decoding process: everything that could depend on where a run was cut.
+
+    One thread, here and in processes of their own: another number of threads adds in another order.
+    """
+    train = {"checkpoint_every": EVERY, "threads": 1}
+    return changed(config, data={"workers": 1}, optim={"max_steps": STEPS}, train=train)
 
 
 @pytest.fixture(scope="module")

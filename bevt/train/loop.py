@@ -67,16 +67,11 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = F
     check(config)
     world = join_world()
     try:
-        with Stop() as stop:
-            return _run(config, out, world, stop, resume=resume, quiet=quiet)
+        with Stop() as stop, ExitStack() as stack:
+            saved = _open_run(config, out, world, stack, resume)
+            return _train(config, out, world, stop, stack, saved, quiet)
     finally:
         world.close()
-
-
-def _run(config: Config, out: Path, world: World, stop: Stop, *, resume: bool, quiet: bool) -> RunResult:
-    with ExitStack() as stack:
-        saved = _open_run(config, out, world, stack, resume)
-        return _train(config, out, world, stop, stack, saved, quiet)
 
 
 def _train(
@@ -258,8 +253,8 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
     except OSError as error:
         raise RunError(f"cannot write to --out {out}: {error.strerror}; name a folder that can be written") from error
     world.barrier()
-    found = checkpoint.latest(out / "checkpoints") if out.exists() else None
-    if not resume and out.exists() and ((out / "metrics.jsonl").exists() or found):
+    found = checkpoint.latest(out / "checkpoints")
+    if not resume and ((out / "metrics.jsonl").exists() or found):
         raise RunError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
     try:
         saved = checkpoint.load(found) if found else None

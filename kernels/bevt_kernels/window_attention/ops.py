@@ -20,8 +20,7 @@ def _forward_fake(
     qkv: Tensor, bias_table: Tensor, num_heads: int, window: Sequence[int], *static: object
 ) -> tuple[Tensor, Tensor]:
     batch, *grid, channels = qkv.shape
-    windows = math.prod(size // w for size, w in zip(grid, window))
-    lse = qkv.new_empty((batch, windows, num_heads, math.prod(window)), dtype=statistics_dtype(qkv.dtype))
+    lse = qkv.new_empty((batch, num_heads, *grid), dtype=statistics_dtype(qkv.dtype))
     return qkv.new_empty((batch, *grid, channels // 3)), lse
 
 

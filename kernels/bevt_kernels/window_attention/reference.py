@@ -152,7 +152,7 @@ class _Windows:
 def forward(
     qkv: Tensor, bias_table: Tensor, num_heads: int, window: Size3, shift: Size3, table_window: Size3, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The op's forward: out (B, D, H, W, C), and lse (B, n, h, N), log2 of each query's sum of exponentials."""
+    """The op's forward: out (B, D, H, W, C), and lse (B, h, D, H, W), log2 of each query's sum of exponentials."""
     x = _Windows(qkv, bias_table, num_heads, window, shift, table_window, scale)
     out, lse = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
     for rows in x.chunks():
@@ -161,8 +161,8 @@ def forward(
         total = p.sub_(top).exp2_().sum(-1, keepdim=True)
         out[rows] = (p @ x.v[rows]).div_(total)
         lse[rows] = total.log2_().add_(top).squeeze(-1)
-    n = math.prod(size // w for size, w in zip(x.grid, window))
-    return merge(out[None], x.grid, window, shift).to(qkv.dtype), lse.view(qkv.shape[0], n, *lse.shape[1:])
+    lse = merge(lse[None, ..., None], x.grid, window, shift).movedim(-1, 1).contiguous()
+    return merge(out[None], x.grid, window, shift).to(qkv.dtype), lse
 
 
 def backward(
@@ -185,7 +185,7 @@ def backward(
     delta = partition(
         (grad_out.to(dtype) * out).unflatten(-1, (num_heads, head_dim)).sum(-1), num_heads, 1, window, shift
     )[0]
-    lse = lse.flatten(0, 1).unsqueeze(-1)
+    lse = partition(lse.movedim(1, -1), num_heads, 1, window, shift)[0]
     grad, grad_bias = x.q.new_empty(3, *x.q.shape), torch.zeros_like(x.bias)
     for rows in x.chunks():
         p = x.scores(rows).sub_(lse[rows]).exp2_()

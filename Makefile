@@ -1,11 +1,11 @@
-# Everything runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
+# Everything but bench-gpu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test bench-gpu lint format clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ $(VENV)/.test: $(READY)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
+bench-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

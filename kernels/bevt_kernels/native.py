@@ -30,7 +30,7 @@ def load(path: Path) -> tuple[bool, str]:
         torch.ops.load_library(path)
     except OSError as error:
         return False, f"built for torch {built} but it does not load ({error}): rebuild with `{BUILD}`"
-    return True, f"built with torch {built}, loaded"
+    return True, f"built with torch {built}, loaded, instruction set {torch.backends.cpu.get_cpu_capability()}"
 
 
 _loaded, _status = load(PATH)
@@ -42,7 +42,7 @@ def loaded() -> bool:
 
 
 def status() -> str:
-    """One line for people: "built with torch X, loaded", or what is wrong and what to do."""
+    """One line for people: "built with torch X, loaded, instruction set AVX2", or what is wrong and what to do."""
     return _status
 
 

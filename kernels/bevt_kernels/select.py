@@ -6,7 +6,9 @@ microseconds). An op offers an implementation by `register`; one that nobody reg
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
@@ -62,8 +64,10 @@ def resolve(op: str, impl: str, spec: Spec) -> str:
     """
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto, {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    for candidate in IMPLEMENTATIONS if impl == "auto" else (impl,):
-        if not reasons(op, candidate, spec):
+    candidates = IMPLEMENTATIONS if impl == "auto" else (impl,)
+    for candidate in candidates:
+        interpreted = candidate == "triton" and spec.device == "cpu"
+        if not (impl == "auto" and interpreted) and not reasons(op, candidate, spec):
             return candidate
     raise NoImplementation(_refusal(op, impl, spec))
 
@@ -73,6 +77,29 @@ def _refusal(op: str, impl: str, spec: Spec) -> str:
     for candidate in IMPLEMENTATIONS:
         lines.append(f"  {candidate}: {'; '.join(reasons(op, candidate, spec)) or 'can serve'}")
     return "\n".join(lines)
+
+
+def triton_reasons(spec: Spec) -> list[str]:
+    """Why Triton kernels cannot serve. On the CPU its interpreter runs them, if named: that is for tests."""
+    try:
+        release = tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
+    except PackageNotFoundError:
+        return ["needs triton 3.6 or newer: pip install triton"]
+    reasons = [] if release >= (3, 6) else [f"needs triton 3.6 or newer, found {version('triton')}"]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if spec.device == "cpu" and not interpreted:
+        reasons.append("serves CUDA; on the CPU only Triton's interpreter, with TRITON_INTERPRET=1 set from the start")
+    elif spec.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        reasons.append(
+            f"needs compute capability 8.0, this GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        )
+    elif spec.device not in ("cpu", "cuda"):
+        reasons.append(f"serves CUDA, not {spec.device}")
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
+    if interpreted and spec.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter gets matrix products of bfloat16 wrong")
+    return reasons
 
 
 def float_reasons(spec: Spec) -> list[str]:

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "cpu/linear_argmax.h"
+#include "cpu/window_attention.h"
 
 // Read from the file by bevt_kernels/native.py, so that a library built for another torch is named, not loaded.
 extern "C" __attribute__((used, visibility("default"))) const char bevt_kernels_build[] =
@@ -10,6 +11,17 @@ extern "C" __attribute__((used, visibility("default"))) const char bevt_kernels_
 
 TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
   m.def("linear_argmax_native(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "window_attention_forward_native(Tensor qkv, Tensor bias_table, int num_heads, int[3] window_size, int[3] shift, "
+      "int[3] table_window, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "window_attention_backward_native(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor out, Tensor lse, "
+      "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale) "
+      "-> (Tensor grad_qkv, Tensor grad_bias_table)");
 }
 
-TORCH_LIBRARY_IMPL(bevt_kernels, CPU, m) { m.impl("linear_argmax_native", &bevt_kernels::linear_argmax); }
+TORCH_LIBRARY_IMPL(bevt_kernels, CPU, m) {
+  m.impl("linear_argmax_native", &bevt_kernels::linear_argmax);
+  m.impl("window_attention_forward_native", &bevt_kernels::window_attention_forward);
+  m.impl("window_attention_backward_native", &bevt_kernels::window_attention_backward);
+}

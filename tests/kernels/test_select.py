@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,49 @@ def offers(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 def test_auto_takes_the_first_that_can_serve(offers: dict) -> None:
-    assert resolve("toy", "auto", CPU) == "reference"
+    spec = Spec("cuda", torch.float32)
+    assert resolve("toy", "auto", spec) == "reference"
     offers["native"].clear()
-    assert resolve("toy", "auto", CPU) == "native"
+    assert resolve("toy", "auto", spec) == "native"
     offers["triton"].clear()
-    assert resolve("toy", "auto", CPU) == "triton"
-    assert resolve("toy", "reference", CPU) == "reference"
+    assert resolve("toy", "auto", spec) == "triton"
+    assert resolve("toy", "reference", spec) == "reference"
+
+
+def test_auto_never_takes_the_interpreter(offers: dict) -> None:
+    offers["triton"].clear()
+    assert resolve("toy", "auto", CPU) == "reference"
+    assert resolve("toy", "triton", CPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("spec", "installed", "reason"),
+    [
+        (Spec("cpu", torch.float32), "3.6.0", "serves CUDA; on the CPU only Triton's interpreter"),
+        (Spec("xpu", torch.float32), "3.6.0", "serves CUDA, not xpu"),
+        (Spec("cuda", torch.float64), "3.6.0", "takes float32, bfloat16 and float16, not torch.float64"),
+        (Spec("cuda", torch.float32), "3.5.1", "needs triton 3.6 or newer, found 3.5.1"),
+        (Spec("cuda", torch.float32), "", "needs triton 3.6 or newer: pip install triton"),
+    ],
+)
+def test_triton_says_why_it_cannot_serve(
+    spec: Spec, installed: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if not installed:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(select, "version", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert any(reason in found for found in select.triton_reasons(spec))
+
+
+def test_triton_wants_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "version", lambda _: "3.6.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert select.triton_reasons(Spec("cuda", torch.float32)) == ["needs compute capability 8.0, this GPU has 7.5"]
 
 
 @pytest.mark.parametrize("impl", ["auto", "native"])
@@ -38,7 +76,7 @@ def test_refusal_lists_every_candidate_and_reason(offers: dict, impl: str) -> No
         assert line in str(error.value)
 
 
-@pytest.mark.parametrize("op", ["window_attention", "masked_linear_cross_entropy", "linear_argmax"])
+@pytest.mark.parametrize("op", ["masked_linear_cross_entropy", "linear_argmax"])
 def test_what_no_version_has_yet_is_refused_by_name(op: str) -> None:
     with pytest.raises(NoImplementation, match=f"triton: not available for {op} in this version"):
         resolve(op, "triton", CPU)
@@ -53,10 +91,20 @@ def test_unknown_names() -> None:
         torch.ops.bevt_kernels.linear_argmax(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), "cuda")
 
 
-def test_cuda_argmax_is_not_native() -> None:
-    assert resolve("linear_argmax", "auto", Spec("cuda", torch.float32)) == "reference"
-    with pytest.raises(NoImplementation, match=r"native: .*serves the CPU, not cuda"):
-        resolve("linear_argmax", "native", Spec("cuda", torch.float32))
+@pytest.mark.parametrize("op", ["window_attention", "linear_argmax"])
+def test_native_is_for_the_cpu_and_not_for_float64(op: str) -> None:
+    assert "serves the CPU, not cuda" in select.reasons(op, "native", Spec("cuda", torch.float32))
+    assert "takes float32, bfloat16 and float16, not torch.float64" in select.reasons(
+        op, "native", Spec("cpu", torch.float64)
+    )
+    assert resolve(op, "auto", Spec("cpu", torch.float64)) == "reference"
+
+
+@pytest.mark.skipif(not native.loaded(), reason=f"native library {native.status()}")
+@pytest.mark.parametrize("op", ["window_attention", "linear_argmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_auto_is_native_on_the_cpu(op: str, dtype: torch.dtype) -> None:
+    assert resolve(op, "auto", Spec("cpu", dtype, needs_grad=True)) == "native"
 
 
 MARK = b"\x7fELF bevt_kernels native library, torch "
@@ -81,10 +129,11 @@ def test_native_library_says_what_is_wrong(
     loaded, status = native.load(path)
     monkeypatch.setattr(native, "_loaded", loaded)
     monkeypatch.setattr(native, "_status", status)
-    assert resolve("linear_argmax", "auto", CPU) == "reference"
-    with pytest.raises(NoImplementation) as error:
-        resolve("linear_argmax", "native", CPU)
-    error.match(message.replace("+", r"\+"))
+    for op in ("window_attention", "linear_argmax"):
+        assert resolve(op, "auto", CPU) == "reference"
+        with pytest.raises(NoImplementation) as error:
+            resolve(op, "native", CPU)
+        error.match(message.replace("+", r"\+"))
 
 
 def test_import_needs_neither_triton_nor_bevt() -> None:

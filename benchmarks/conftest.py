@@ -1,0 +1,22 @@
+"""The gate, for `pytest benchmarks --benchmark-only` too: the tests of the ops first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import verify
+from benchmarks.registry import OPS
+from benchmarks.run import TEST_SECONDS
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where it is measured."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _green(device: str) -> None:
+    for pattern in {op.tests for op in OPS.values()}:
+        verify.green(pattern, device, TEST_SECONDS)

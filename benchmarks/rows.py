@@ -1,0 +1,150 @@
+"""Results as JSON lines, one row a contestant and quantity, each with commit, machine and versions."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import verify
+
+Row = dict[str, Any]
+
+KEY = ("commit", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
+"""A new row takes the place of one that agrees in these; all others stay."""
+
+
+def environment(device: str) -> Row:
+    """What a row says about where it was measured; nothing in it names a host or a path.
+
+    A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of kernels
+    and tests in any case.
+    """
+    commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD")
+    # The rows themselves are no change of what was measured.
+    changes = _output("git", "-C", str(verify.ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {
+        "commit": commit or os.environ.get("BEVT_COMMIT", "unknown"),
+        "dirty": None if commit is None else bool(changes),
+        "tree": verify.tree(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "machine": _machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _machine(device: str) -> Row:
+    names = re.findall(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: Row = {
+        "cpu": names[0].strip() if names else platform.machine(),
+        "cores": cores,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine["driver"] = driver.splitlines()[0] if driver else None
+    return machine
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def save(path: Path, rows: list[Row]) -> None:
+    """Merge `rows` into the file at `path`, at once and whole; a copy goes to the folder $OUT where that is set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = {_key(row) for row in rows}
+    kept = [line for line in _text(path).splitlines() if _key(json.loads(line)) not in new]
+    lines = [*kept, *(json.dumps(row) for row in rows)]
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.replace(path)
+    if "OUT" in os.environ:
+        shutil.copyfile(path, Path(os.environ["OUT"]) / path.name)
+
+
+def _key(row: Row) -> str:
+    return json.dumps([row.get(name) for name in KEY], sort_keys=True)
+
+
+COLUMNS = {
+    "p20_ms": "p20 ms",
+    "p50_ms": "p50 ms",
+    "p80_ms": "p80 ms",
+    "tflops": "TFLOP/s",
+    "gbps": "GB/s",
+    "percent_of_limit": "% limit",
+    "peak_mib": "peak MiB",
+}
+
+
+def table(rows: list[Row]) -> str:
+    """A plain table of one case's rows; "x NAME" is that rival's time over the row's, the median over rounds."""
+    rivals = sorted({name for row in rows for name in row["speedup"]})
+    head = ["quantity", "contestant", *COLUMNS.values(), *(f"x {name}" for name in rivals)]
+    body = [
+        [row["quantity"], row["contestant"]]
+        + [_cell(row[column]) for column in COLUMNS]
+        + [_cell(row["speedup"].get(name)) for name in rivals]
+        for row in rows
+    ]
+    surcharges = [
+        f"{row['contestant']}: the bias table's gradient adds {100 * row['surcharge_over_frozen']:.1f} %"
+        for row in rows
+        if row["surcharge_over_frozen"] is not None
+    ]
+    return "\n".join([_aligned([head, *body]), *surcharges])
+
+
+def summary(rows: list[Row]) -> str:
+    """Medians in milliseconds: a line a case and quantity, a column a contestant."""
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault((row["case"], row["quantity"]), {})[row["contestant"]] = _cell(row["p50_ms"])
+    body = [[*line, *(cells.get(name, "-") for name in names)] for line, cells in lines.items()]
+    return _aligned([["case", "median ms", *names], *body])
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,201 @@
+"""`python -m benchmarks.run OP`: verify, time in turns, write rows, print a table.
+
+First the op's tests (remembered while kernels and tests do not change), then each case: who cannot run and why; whether
+every contestant's output and gradients keep the error rule on the inputs that are timed; times; peak memory. Rows are
+written case by case, so what was measured survives whatever ends the run. Exit code 1: one of our implementations is
+wrong or a test is red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import memory, problems, rows, timing, verify
+from benchmarks.problems import Problem, Work
+from benchmarks.registry import LIMITS, OPS, QUANTITIES
+
+FORWARD, BACKWARD, BOTH, FROZEN = QUANTITIES
+SECONDS = {"cpu": 25.0, "cuda": 3.0}
+"""For the timed rounds of one case."""
+
+TEST_SECONDS = 1200.0
+"""After which an op's tests count as red."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    start = time.monotonic()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a CUDA GPU: torch sees none", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    entries = OPS[args.op].cases
+    unknown = [case for case in args.case if case not in entries]
+    if unknown:
+        print(f"no case {unknown[0]!r}; there are: {', '.join(entries)}", file=sys.stderr)
+        return 2
+    cases = [
+        name
+        for name, entry in entries.items()
+        if args.device in entry.batch and (name in args.case or not args.case) and args.group in (None, entry.group)
+    ]
+    if not cases:
+        print(f"no case of {args.op} for {args.device} is left by --case and --group", file=sys.stderr)
+        return 2
+    out = args.out or verify.ROOT / "benchmarks" / "results" / f"{args.op}.jsonl"
+    environment = rows.environment(args.device)
+    done: list[rows.Row] = []
+    try:
+        print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS), flush=True)
+        for i, case in enumerate(cases):
+            if time.monotonic() - start > args.time_limit:
+                print(f"out of time, not measured: {', '.join(cases[i:])}")
+                break
+            measured = [{**environment, **row} for row in measure(args.op, case, args.device, args.impl)]
+            rows.save(out, measured)
+            print(rows.table(measured), flush=True)
+            done += measured
+    except verify.GateClosed as closed:
+        print(closed, file=sys.stderr)
+        return 1
+    print(f"\n{rows.summary(done)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("op", choices=OPS)
+    parser.add_argument(
+        "--case", action="append", default=[], help="a case of benchmarks/registry.py; several are fine"
+    )
+    parser.add_argument("--group", help="a group of cases")
+    parser.add_argument("--impl", action="append", default=[], help="of our implementations, only these")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
+    return parser
+
+
+def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[rows.Row]:
+    """Rows of one case. Raises GateClosed where one of our implementations is wrong."""
+    torch._dynamo.reset()  # a compiler's limit of recompilations is by function, not by case
+    problem = problems.build(op, case, device)
+    print(f"\n{op}, {case}, {problem.dtype}, {torch.get_num_threads()} CPU threads:", flush=True)
+    names = []
+    for name, contestant in problem.contestants.items():
+        if contestant.ours and impls and name not in impls:
+            continue
+        if contestant.reasons:
+            print(f"  {name} cannot run: {'; '.join(contestant.reasons)}")
+        else:
+            names.append(name)
+    good, wrong = verify.contestants(problem, names)
+    for name, why in wrong.items():
+        print(f"  {name} is not timed: {why}")
+    print(f"  within the error rule: {', '.join(good)}", flush=True)
+    steps: dict[str, timing.Step] = {name: lambda mark, n=name: problem.step(n, False, mark) for name in good}
+    frozen = [name for name in good if problem.contestants[name].ours] if problem.frozen else []
+    steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
+    times = timing.interleaved(steps, device, SECONDS[device])
+    threads = torch.get_num_threads()
+    peak = {name: memory.peaks(problem, op, case, name, threads, False) for name in good}
+    by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
+    for name in good:
+        forward, total = np.array(times[name]).T
+        by_quantity[FORWARD][name], by_quantity[BACKWARD][name], by_quantity[BOTH][name] = (
+            forward,
+            total - forward,
+            total,
+        )
+    by_quantity[FROZEN] = {name: np.array(times[f"{name}, frozen"])[:, 1] for name in frozen}
+    work = problem.work()
+    return [
+        {
+            "op": op,
+            "case": case,
+            "problem": asdict(problem.case),
+            "device": device,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "threads": threads,
+            "quantity": quantity,
+            "contestant": name,
+            "version": _version(problem.contestants[name].package),
+            **_statistics(ms),
+            **_rates(work[quantity], float(np.median(ms)) / 1e3, problem),
+            "peak_mib": _peak(peak[name], quantity),
+            "speedup": {
+                rival: _short(float(np.median(other / ms)))
+                for rival, other in series.items()
+                if rival != name and not problem.contestants[rival].ours
+            },
+            "surcharge_over_frozen": _short(float(np.median(ms / by_quantity[FROZEN][name])) - 1)
+            if quantity == BOTH and name in frozen
+            else None,
+        }
+        for quantity, series in by_quantity.items()
+        for name, ms in series.items()
+    ]
+
+
+def _statistics(ms: np.ndarray) -> dict[str, Any]:
+    p20, p50, p80 = (_short(float(x)) for x in np.quantile(ms, (0.2, 0.5, 0.8)))
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(ms)}
+
+
+def _short(x: float) -> float:
+    """Five digits: more are noise."""
+    return float(f"{x:.5g}")
+
+
+def _rates(work: Work, seconds: float, problem: Problem) -> dict[str, Any]:
+    """Rates on the counted work, and the least time that the chip's limits allow for it over the measured one.
+
+    The least time counts only pairs that no shift excludes, so that leaving them out is no way past 100 %.
+    """
+    limit = LIMITS.get(torch.cuda.get_device_name()) if problem.device == "cuda" else None
+    percent, which = None, None
+    if limit and work.flop_unmasked and work.bytes and problem.dtype in limit.flops:
+        least = {
+            "arithmetic": work.flop_unmasked / limit.flops[problem.dtype],
+            "memory": work.bytes / limit.bandwidth,
+        }
+        which = max(least, key=lambda name: least[name])
+        percent = _short(100 * least[which] / seconds)
+    return {
+        **asdict(work),
+        "tflops": _short(work.flop / seconds / 1e12),
+        "gbps": _short(work.bytes / seconds / 1e9) if work.bytes else None,
+        "percent_of_limit": percent,
+        "limit": which,
+    }
+
+
+def _peak(peaks: tuple[int, int] | None, quantity: str) -> float | None:
+    if peaks is None or quantity not in (FORWARD, BOTH):
+        return None
+    return round(peaks[quantity == BOTH] / 2**20, 1)
+
+
+def _version(package: str) -> str:
+    """Of a distribution; the project's own may be run from its source tree, where the commit says more."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Finds the best tile sizes of the Triton kernels on this GPU: `python -m benchmarks.tune`.
+
+For each class of shapes and each kernel, candidates are compiled in parallel, judged by the error rule, and timed
+interleaved with the sizes that ship, the rest of the op unchanged. The best go to `configs.json` under this GPU's
+architecture; what the class had before is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from bevt_kernels.testing import WindowCase, assert_within_budget, eager_window_attention
+from bevt_kernels.window_attention import configs, triton_backward, triton_forward
+from bevt_kernels.window_attention.configs import KERNELS, Config
+
+from benchmarks.registry import OPS
+
+CASES = {
+    case: OPS["window_attention"].cases[case]
+    for case in ("swin-b video stage 1 shifted", "swin-b image stage 1 shifted", "784 tokens stage 1")
+}
+"""One case a class; a later one of a class that an earlier one has settled is skipped."""
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def candidates(kernel: str, shipped: Config) -> list[Config]:
+    """The shipped sizes first. Eight warps need 128 rows: with fewer, two would do the same work."""
+    found = [shipped]
+    for block_q, block_k, group, stages in itertools.product((64, 128), (64, 128), (1, 2, 4), (1, 2)):
+        rows = block_k if kernel == "grad_kv" else block_q
+        for warps in (4, 8) if rows == 128 else (4,):
+            if kernel != "grad_bias":
+                found.append(Config(block_q, block_k, group, warps, stages))
+            elif block_q == block_k:
+                found.append(Config(block_q, block_k, 32 * group, warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def step(case: WindowCase, inputs: Inputs, kernel: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """The op's forward, or its backward alone, whichever `kernel` belongs to."""
+    qkv, table, grad = inputs
+    static = (case.heads, case.window, case.shift, case.table, case.scale)
+    if kernel == "forward":
+        return lambda: triton_forward.forward(qkv, table, *static)
+    out, lse = triton_forward.forward(qkv, table, *static)
+    return lambda: triton_backward.backward(grad, qkv, table, out, lse, *static)
+
+
+def judge(case: WindowCase, dtype: torch.dtype, device: str, kernel: str, sizes: Config) -> str:
+    """Why `sizes` cannot be taken, or nothing: it does not run, or breaks the error rule on one clip."""
+    case = replace(case, batch=1)
+    inputs = case.inputs(dtype, device=device)
+
+    def eager(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        qkv, table = inputs[0].detach().requires_grad_(), inputs[1].detach().requires_grad_()
+        out = eager_window_attention(qkv, table, case)
+        return out.detach(), *torch.autograd.grad(out, (qkv, table), inputs[2])
+
+    try:
+        with configs.forced(kernel, sizes):
+            got = step(case, inputs, kernel)()
+        names = ("out",) if kernel == "forward" else ("grad qkv", "grad bias_table")
+        found, oracle = eager(*inputs), eager(*(x.double() for x in inputs))
+        first = 0 if kernel == "forward" else 1
+        for name, a, b, c in zip(names, got, found[first:], oracle[first:]):
+            assert_within_budget(a, b, c, name)
+    except Exception as error:  # of many kinds: out of shared memory, a compiler's, a wrong result
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def _judge(arguments: tuple) -> str:
+    return judge(*arguments)
+
+
+def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], device: str, rounds: int) -> list[float]:
+    """Median milliseconds of each of `sizes`, run in turns."""
+    found: list[list[float]] = [[] for _ in sizes]
+    run = step(case, inputs, kernel)
+    for _ in range(rounds + 1):
+        for these, into in zip(sizes, found):
+            with configs.forced(kernel, these):
+                if device == "cuda":
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    run()
+                    end.record()
+                    end.synchronize()
+                    into.append(start.elapsed_time(end))
+                else:
+                    before = time.perf_counter()
+                    run()
+                    into.append((time.perf_counter() - before) * 1e3)
+    return [statistics.median(each[1:]) for each in found]  # the first round is a warm-up
+
+
+def tune(
+    case: WindowCase, dtype: torch.dtype, device: str, kernel: str, found: list[Config], processes: int, rounds: int
+) -> tuple[Config, list[tuple[Config, float | str]]]:
+    """The best of `found`, whose first is the shipped one, and the time of each or why it was dropped."""
+    jobs = [(case, dtype, device, kernel, sizes) for sizes in found]
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            reasons = pool.map(_judge, jobs, chunksize=1)
+    else:
+        reasons = [_judge(job) for job in jobs]
+    able = [sizes for sizes, reason in zip(found, reasons) if not reason]
+    if not able:
+        raise RuntimeError(f"{kernel}: no sizes run; the shipped ones: {reasons[0]}")
+    milliseconds = dict(zip(able, times(case, case.inputs(dtype, device=device), kernel, able, device, rounds)))
+    report = [(sizes, milliseconds.get(sizes, reason)) for sizes, reason in zip(found, reasons)]
+    return min(able, key=milliseconds.__getitem__), report
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="this kernel alone; may be repeated")
+    parser.add_argument(
+        "--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile at a time"
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA GPU: torch sees none", file=sys.stderr)
+        return 2
+    architecture, dtype = configs.architecture(torch.device("cuda")), torch.bfloat16
+    tuned = json.loads(configs.PATH.read_text()) if configs.PATH.is_file() else {}
+    settled = set()
+    for name, entry in CASES.items():
+        assert isinstance(entry.case, WindowCase)
+        case = replace(entry.case, batch=entry.batch["cuda"])
+        tokens = math.prod(case.window)
+        shape = configs.shape_class(dtype, case.head_dim, tokens)
+        if shape in settled:
+            continue
+        settled.add(shape)
+        for kernel in arguments.kernel or KERNELS:
+            shipped = configs.config(kernel, dtype, case.head_dim, tokens, architecture)
+            best, report = tune(
+                case, dtype, "cuda", kernel, candidates(kernel, shipped), arguments.processes, arguments.rounds
+            )
+            for sizes, outcome in report:
+                shown = outcome if isinstance(outcome, str) else f"{outcome:.3f} ms"
+                print(f"{name}, {kernel}: {'*' if sizes == best else ' '} {tuple(sizes)} {shown}", flush=True)
+            tuned.setdefault(architecture, {}).setdefault(kernel, {})[shape.name] = list(best)
+            configs.PATH.write_text(json.dumps(tuned, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

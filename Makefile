@@ -26,8 +26,9 @@ $(VENV)/.test: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0
 	touch $@
 
+# Two processes of one thread: threads that wait for each other's turn on a core take ten times as long.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:

@@ -29,8 +29,8 @@ PATH = Path(__file__).parent / "results" / "aot.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory a program may take (CUDA programming guide, compute capabilities)."""
-TARGETS = {"forward": 9.5}
-"""Most instructions a score, on every architecture."""
+TARGETS = {"forward": {"instructions": 9.5, "global_loads": 1.0}}
+"""Most a score, on every architecture, with the version of Triton that the committed counts are of."""
 SLACK = 1.02
 """A count may exceed the committed one by this factor."""
 
@@ -152,9 +152,7 @@ def main() -> int:
     committed: dict = json.loads(PATH.read_text()) if PATH.is_file() else {"triton": None}
     comparable = committed["triton"] == triton.__version__
     if not comparable and not write:
-        print(
-            f"triton {triton.__version__}; the committed counts are of {committed['triton']}: targets alone are judged"
-        )
+        print(f"triton {triton.__version__}; the committed counts are of {committed['triton']}: not judged")
     result: dict = {"triton": triton.__version__}
     failures = []
     print(f"{'':16}{'instructions':>13}{'spills':>8}{'global loads':>14}{'registers':>11}{'stack':>7}{'shared':>8}")
@@ -168,18 +166,19 @@ def main() -> int:
                 f"{got.registers:11}{got.stack:7}{got.shared:8}",
                 flush=True,
             )
-            before = committed.get(architecture, {}).get(kernel, {}) if comparable and not write else {}
+            before = {} if write else committed.get(architecture, {}).get(kernel, {})
             ceilings = {name: before[name] * SLACK for name in Count._fields if name in before}
-            ceilings["instructions"] = min(ceilings.get("instructions", 1e9), TARGETS.get(kernel, 1e9))
-            ceilings |= {"atomics": 0, "shared": min(ceilings.get("shared", 1e9), SHARED_LIMIT[architecture])}
+            for name, most in {**TARGETS.get(kernel, {}), "atomics": 0, "shared": SHARED_LIMIT[architecture]}.items():
+                ceilings[name] = min(ceilings.get(name, most), most)
             failures += [
                 f"{architecture} {kernel}: {name} {value}, ceiling {ceilings[name]:.4g}"
                 for name, value in got._asdict().items()
-                if name in ceilings and value > ceilings[name]
+                if (comparable or write) and name in ceilings and value > ceilings[name]
             ]
     if write:
         PATH.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(failures) or "within all ceilings")
+    if comparable or write:
+        print("\n".join(failures) or "within all ceilings")
     return int(bool(failures))
 
 

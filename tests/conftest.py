@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from bevt.data import shapes
+if TYPE_CHECKING:
+    from bevt.data import shapes
 
 _SCHEMAS: list[torch.library.Library] = []
 """Keeps the schemas registered: they end with the object."""
@@ -61,5 +63,7 @@ def real_clips() -> Path:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> shapes.ShapesPaths:
     """The embedded dataset, small: 7 training clips, 3 held-out ones; 10 and 5 stills."""
+    from bevt.data import shapes  # here: the kernels' tests run where its packages are missing
+
     root = tmp_path_factory.mktemp("shapes")
     return shapes.ensure(root, train_clips=7, val_clips=3, train_images=10, val_images=5)

@@ -33,8 +33,9 @@ def define(
             raise ValueError(
                 f"bevt_kernels::{name} has no implementation {impl!r}; it has {', '.join(implementations)}"
             )
-        device = next(arg.device.type for arg in inputs if isinstance(arg, Tensor))
-        with torch.autocast(device, enabled=False):
+        first = next(arg for arg in inputs if isinstance(arg, Tensor))
+        # device_of: Triton launches on the current GPU, which need not be the tensors'.
+        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
             return implementations[impl](*inputs)
 
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

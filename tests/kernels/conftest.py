@@ -7,9 +7,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when the kernels are imported, which happens at their first call
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported, at their first call
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -47,9 +47,9 @@ def segments(size: int, window: int, shift: int) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-@lru_cache(maxsize=64)
+@cache
 def cut(batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device) -> Cut:
-    """The boxes of `batch` clips of D x H x W tokens. Remembered: a model asks for a handful, step after step."""
+    """The boxes of `batch` clips of D x H x W tokens. Kept for good: a CUDA graph may hold its addresses."""
     _, height, width = grid
     table_strides = ((2 * table_window[1] - 1) * (2 * table_window[2] - 1), 2 * table_window[2] - 1, 1)
     by_shape: dict[Size3, list[int]] = {}
@@ -71,11 +71,11 @@ def cut(batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size
         shapes.append((shape, start, first, len(origins[-1])))
         start += len(tokens[-1])
         first += len(origins[-1])
-    arrays = [torch.cat(parts).to(device, torch.int32) for parts in (tokens, table_rows, origins)]
-    return Cut(shapes, arrays[0], arrays[1], arrays[2], int(arrays[0].max()))
+    on_map, in_table, first_tokens = (torch.cat(parts).to(torch.int32) for parts in (tokens, table_rows, origins))
+    return Cut(shapes, on_map.to(device), in_table.to(device), first_tokens.to(device), int(on_map.max()))
 
 
-@lru_cache(maxsize=256)
+@cache
 def groups(
     batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device, size: int
 ) -> Tensor:
@@ -88,7 +88,7 @@ def groups(
     return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4)
 
 
-@lru_cache(maxsize=256)
+@cache
 def group_ranges(
     batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device, size: int
 ) -> Tensor:

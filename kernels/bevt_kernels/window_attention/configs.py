@@ -43,7 +43,7 @@ class ShapeClass(NamedTuple):
     channels: int
     """Of a head, rounded up to a power of two, at least 16."""
     tokens: int
-    """Of a window, rounded up to 16, 32, 64 or 512; more are 512."""
+    """Of a window, rounded up to 16, 32, 64, 512 or 1024; more are 1024."""
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class ShapeClass(NamedTuple):
 
 def shape_class(dtype: torch.dtype, head_dim: int, tokens: int) -> ShapeClass:
     """The class of windows of `tokens` tokens and heads of `head_dim` channels."""
-    bucket = next((size for size in (16, 32, 64) if tokens <= size), 512)
+    bucket = next((size for size in (16, 32, 64, 512) if tokens <= size), 1024)
     return ShapeClass(8 * dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length()), bucket)
 
 

@@ -418,7 +418,7 @@ def backward(
     grad_qkv = torch.empty_like(qkv)
     if problem.tokens == 1 or not len(qkv):  # a token alone has probability 1, whatever its score
         grad_qkv.zero_()[..., 2 * grad_out.shape[-1] :] = grad_out
-        return grad_qkv, torch.zeros_like(bias_table)
+        return grad_qkv, bias_table.new_zeros(bias_table.shape)
     table = padded_table(bias_table, problem.unit)
     statistics = lse.new_empty((3 if problem.exact else 2, num_heads, qkv.shape[:4].numel()))
     problem.walk(grad_q_kernel, "grad_q", (grad_out, qkv, table, out, lse, statistics, grad_qkv))

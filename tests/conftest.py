@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its own library is decorated then
+
 if TYPE_CHECKING:
     from bevt.data import shapes
 

@@ -141,9 +141,9 @@ def test_a_mask_of_another_grid_is_refused(model: BEVT) -> None:
         model.decode("clips", x.pixels, x.mask[..., :5])
 
 
-def test_an_implementation_that_does_not_exist_is_refused_when_the_model_is_built() -> None:
+def test_an_implementation_that_cannot_serve_is_refused_when_the_model_is_built() -> None:
     with pytest.raises(NoImplementation, match="window_attention"):
-        BEVT(replace(TINY, attention_impl="triton"), 50)
+        BEVT(replace(TINY, attention_impl="native"), 50, device="cuda")
 
 
 def test_implementations_are_resolved_once_and_named(model: BEVT) -> None:

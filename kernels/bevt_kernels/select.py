@@ -98,6 +98,8 @@ def triton_reasons(spec: Spec) -> list[str]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if spec.device == "cpu" and not interpreted:
         reasons.append("serves CUDA; on the CPU only Triton's interpreter, with TRITON_INTERPRET=1 set from the start")
+    elif spec.device == "cuda" and not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA GPU")
     elif spec.device == "cuda" and torch.version.hip:
         reasons.append("serves NVIDIA GPUs; nobody has tried ROCm")
     elif spec.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):

@@ -58,12 +58,14 @@ def test_triton_says_why_it_cannot_serve(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(select, "version", version)
     monkeypatch.setattr(select, "_TRITON", select._triton_reason())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert any(reason in found for found in select.triton_reasons(spec))
 
 
 def test_triton_wants_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "_TRITON", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert select.triton_reasons(Spec("cuda", torch.float32)) == ["needs compute capability 8.0, this GPU has 7.5"]
 

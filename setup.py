@@ -82,7 +82,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages(include=["bevt", "bevt.*"]) + find_packages("kernels"),
     package_dir={"bevt": "bevt", "bevt_kernels": "kernels/bevt_kernels"},
-    package_data={"bevt_kernels": ["*/README.md"]},
+    package_data={"bevt_kernels": ["*/README.md", "*/configs.json"]},
     ext_modules=native_extensions(),
     cmdclass={"build_ext": CMakeBuild},
 )

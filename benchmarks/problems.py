@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from bevt_kernels import Spec, baselines, select, window_attention
 from bevt_kernels.testing import WindowCase, eager_window_attention
+from bevt_kernels.window_attention.boxes import segments
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -133,7 +134,7 @@ class WindowAttention(Problem):
     def work(self) -> dict[str, Work]:
         forward, backward = _counted(self._ours("reference"), self.leaves, self.grad)
         unmasked = math.prod(
-            ((size // w - (s > 0)) * w**2 + (s**2 + (w - s) ** 2) * (s > 0)) / (size * w)
+            sum(length**2 for _, length in segments(size, w, s)) / (size * w)
             for size, w, s in zip(self.case.grid, self.case.window, self.case.shift)
         )
         qkv, table = (leaf.nbytes for leaf in self.leaves.values())

@@ -9,7 +9,6 @@ wrong or a test is red.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 import time
 from collections.abc import Sequence
@@ -132,7 +131,8 @@ def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[
             "threads": threads,
             "quantity": quantity,
             "contestant": name,
-            "version": _version(problem.contestants[name].package),
+            # The project may be run from its source tree, where the commit says more.
+            "version": rows.version(problem.contestants[name].package) or "source tree",
             **_statistics(ms),
             **_rates(work[quantity], float(np.median(ms)) / 1e3, problem),
             "peak_mib": _peak(peak[name], quantity),
@@ -187,14 +187,6 @@ def _peak(peaks: tuple[int, int] | None, quantity: str) -> float | None:
     if peaks is None or quantity not in (FORWARD, BOTH):
         return None
     return round(peaks[quantity == BOTH] / 2**20, 1)
-
-
-def _version(package: str) -> str:
-    """Of a distribution; the project's own may be run from its source tree, where the commit says more."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
 
 
 if __name__ == "__main__":

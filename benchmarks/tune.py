@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,13 +23,14 @@ from bevt_kernels.testing import WindowCase, assert_within_budget, eager_window_
 from bevt_kernels.window_attention import configs, triton_backward, triton_forward
 from bevt_kernels.window_attention.configs import KERNELS, Config
 
+from benchmarks import timing
 from benchmarks.registry import OPS
 
 CASES = {
     case: OPS["window_attention"].cases[case]
     for case in ("swin-b video stage 1 shifted", "swin-b image stage 1 shifted", "784 tokens stage 1")
 }
-"""One case a class; a later one of a class that an earlier one has settled is skipped."""
+"""One case a class."""
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -87,23 +87,19 @@ def _judge(arguments: tuple) -> str:
 
 def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], device: str, rounds: int) -> list[float]:
     """Median milliseconds of each of `sizes`, run in turns."""
-    found: list[list[float]] = [[] for _ in sizes]
     run = step(case, inputs, kernel)
-    for _ in range(rounds + 1):
-        for these, into in zip(sizes, found):
+
+    def with_sizes(these: Config) -> timing.Step:
+        def timed(mark: timing.Mark) -> None:
             with configs.forced(kernel, these):
-                if device == "cuda":
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    run()
-                    end.record()
-                    end.synchronize()
-                    into.append(start.elapsed_time(end))
-                else:
-                    before = time.perf_counter()
-                    run()
-                    into.append((time.perf_counter() - before) * 1e3)
-    return [statistics.median(each[1:]) for each in found]  # the first round is a warm-up
+                run()
+            mark()
+
+        return timed
+
+    steps = {str(tuple(these)): with_sizes(these) for these in sizes}
+    found = timing.interleaved(steps, device, math.inf, most=rounds, warm=1)
+    return [statistics.median(total for _, total in each) for each in found.values()]
 
 
 def tune(
@@ -138,15 +134,11 @@ def main() -> int:
         return 2
     architecture, dtype = configs.architecture(torch.device("cuda")), torch.bfloat16
     tuned = json.loads(configs.PATH.read_text()) if configs.PATH.is_file() else {}
-    settled = set()
     for name, entry in CASES.items():
         assert isinstance(entry.case, WindowCase)
         case = replace(entry.case, batch=entry.batch["cuda"])
         tokens = math.prod(case.window)
         shape = configs.shape_class(dtype, case.head_dim, tokens)
-        if shape in settled:
-            continue
-        settled.add(shape)
         for kernel in arguments.kernel or KERNELS:
             shipped = configs.config(kernel, dtype, case.head_dim, tokens, architecture)
             best, report = tune(

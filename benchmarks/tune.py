@@ -55,7 +55,7 @@ def step(case: WindowCase, inputs: Inputs, kernel: str) -> Callable[[], tuple[to
     if kernel == "forward":
         return lambda: triton_forward.forward(qkv, table, *static)
     out, lse = triton_forward.forward(qkv, table, *static)
-    return lambda: triton_backward.backward(grad, qkv, table, out, lse, *static)
+    return lambda: triton_backward.backward(grad, qkv, table, out, lse, *static, True)
 
 
 def judge(case: WindowCase, dtype: torch.dtype, device: str, kernel: str, sizes: Config) -> str:

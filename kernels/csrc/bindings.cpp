@@ -16,7 +16,7 @@ TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
       "int[3] table_window, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "window_attention_backward_native(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor out, Tensor lse, "
-      "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale) "
+      "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale, bool train_table) "
       "-> (Tensor grad_qkv, Tensor grad_bias_table)");
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from bevt_kernels.testing import (
     random_window_case,
     relative_index,
 )
-from bevt_kernels.window_attention import reference
+from bevt_kernels.window_attention import autograd, reference
 from torch.utils.flop_counter import FlopCounterMode
 
 OPS = torch.ops.bevt_kernels
@@ -173,8 +174,23 @@ def test_opcheck(target: Target, batch: int) -> None:
     torch.library.opcheck(OPS.window_attention_forward.default, inputs)
     with torch.no_grad():
         out, lse = OPS.window_attention_forward(*inputs)
-    tensors = (grad, qkv.detach(), table.detach(), out, lse)
-    torch.library.opcheck(OPS.window_attention_backward.default, (*tensors, *arguments(case, target.impl)))
+    *static, impl = arguments(case, target.impl)
+    for train_table in (True, False):
+        tensors = (grad, qkv.detach(), table.detach(), out, lse)
+        torch.library.opcheck(OPS.window_attention_backward.default, (*tensors, *static, train_table, impl))
+
+
+@pytest.mark.parametrize("side", [3, 9])  # native takes boxes of up to 64 tokens another way
+def test_a_frozen_table_gets_no_gradient_and_changes_no_other(target: Target, side: int) -> None:
+    case = WindowCase(1, (1, side, 2 * side), (1, side, side), (0, 1, 0), heads=2, head_dim=16)
+    qkv, table, grad = case.inputs(torch.float32, device=target.device)
+    expected = run(attention(case, target), qkv, table, grad)["grad qkv"]
+    out = attention(case, target)(qkv.requires_grad_(), table)
+    with mock.patch.object(autograd.ops, "backward", wraps=autograd.ops.backward) as backward:
+        out.backward(grad)
+    assert backward.call_args.args[-2] is False
+    assert torch.equal(qkv.grad, expected)
+    assert table.grad is None
 
 
 def test_bias_rows_follow_true_offsets() -> None:

@@ -31,8 +31,10 @@ class WindowAttention(torch.autograd.Function):
         refuse_second_derivative("window_attention")
         if grads[0] is None:  # nothing depends on out
             return (None,) * (2 + len(ctx.static))
-        grad_qkv, grad_table = ops.backward(grads[0], *ctx.saved_tensors, *ctx.static)
-        return grad_qkv, grad_table, *[None] * len(ctx.static)
+        *static, impl = ctx.static
+        train_table = ctx.needs_input_grad[1]
+        grad_qkv, grad_table = ops.backward(grads[0], *ctx.saved_tensors, *static, train_table, impl)
+        return grad_qkv, grad_table if train_table else None, *[None] * len(ctx.static)
 
 
 differentiable(ops.forward, WindowAttention)

@@ -14,8 +14,7 @@ from bevt_kernels.registration import define, statistics_dtype
 from bevt_kernels.select import float_reasons, register, triton_reasons
 from bevt_kernels.window_attention import reference
 
-_STATIC = "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale, str impl"
-
+_STATIC = "int num_heads, int[3] window_size, int[3] shift, int[3] table_window, float scale"
 
 register("window_attention", "triton", triton_reasons)
 register("window_attention", "native", native.reasons)
@@ -52,8 +51,9 @@ def _forward_fake(
     return qkv.new_empty((batch, *grid, channels // 3)), lse
 
 
-def _backward_fake(grad_out: Tensor, qkv: Tensor, bias_table: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+def _backward_fake(grad_out: Tensor, qkv: Tensor, bias_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, train_table = rest
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if train_table else (0,))
 
 
 def _product(qkv_shape: Sequence[int], window: Sequence[int]) -> int:
@@ -84,14 +84,15 @@ def _backward_flops(
 
 forward = define(
     "window_attention_forward",
-    f"(Tensor qkv, Tensor bias_table, {_STATIC}) -> (Tensor out, Tensor lse)",
+    f"(Tensor qkv, Tensor bias_table, {_STATIC}, str impl) -> (Tensor out, Tensor lse)",
     {"triton": _triton_forward, "native": _native_forward, "reference": reference.forward},
     _forward_fake,
     _forward_flops,
 )
 backward = define(
     "window_attention_backward",
-    f"(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor out, Tensor lse, {_STATIC}) "
+    # Without `train_table`, for a frozen one, grad_bias_table is (0,) and nothing is spent on it.
+    f"(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor out, Tensor lse, {_STATIC}, bool train_table, str impl) "
     "-> (Tensor grad_qkv, Tensor grad_bias_table)",
     {"triton": _triton_backward, "native": _native_backward, "reference": reference.backward},
     _backward_fake,

@@ -176,6 +176,7 @@ def backward(
     shift: Size3,
     table_window: Size3,
     scale: float,
+    train_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op's backward: gradients to `qkv` (its dtype) and `bias_table`. Probabilities are recomputed from `lse`."""
     x = _Windows(qkv, bias_table, num_heads, window, shift, table_window, scale)
@@ -193,6 +194,7 @@ def backward(
         grad[0, rows] = (ds @ x.k[rows]).mul_(scale)
         grad[1, rows] = (ds.mT @ x.q[rows]).div_(LOG2_E)  # q carries scale * log2 e
         grad[2, rows] = p.mT @ do[rows]
-        grad_bias += ds.sum(0)
-    grad_table = table_gradient(grad_bias, window, table_window).to(bias_table.dtype)
-    return merge(grad, x.grid, window, shift).to(qkv.dtype), grad_table
+        if train_table:
+            grad_bias += ds.sum(0)
+    grad_table = table_gradient(grad_bias, window, table_window) if train_table else grad_bias.new_empty(0)
+    return merge(grad, x.grid, window, shift).to(qkv.dtype), grad_table.to(bias_table.dtype)

@@ -392,6 +392,7 @@ def backward(
     shift: Sequence[int],
     table_window: Sequence[int],
     scale: float,
+    train_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op's backward: gradients to qkv (its shape and dtype) and to bias_table (float32). Copies strided inputs."""
     grad_out, qkv, out, lse = (x.contiguous() for x in (grad_out, qkv, out, lse))
@@ -399,9 +400,11 @@ def backward(
     grad_qkv = torch.empty_like(qkv)
     if problem.tokens == 1 or not len(qkv):  # a token alone has probability 1, whatever its score
         grad_qkv.zero_()[..., 2 * grad_out.shape[-1] :] = grad_out
-        return grad_qkv, bias_table.new_zeros(bias_table.shape)
+        return grad_qkv, bias_table.new_zeros(bias_table.shape if train_table else (0,))
     table = padded_table(bias_table, problem.unit)
     statistics = lse.new_empty((3 if problem.exact else 2, num_heads, qkv.shape[:4].numel()))
     problem.walk(grad_q_kernel, "grad_q", (grad_out, qkv, table, out, lse, statistics, grad_qkv))
     problem.walk(grad_kv_kernel, "grad_kv", (grad_out, qkv, table, statistics, grad_qkv))
+    if not train_table:
+        return grad_qkv, bias_table.new_empty(0)
     return grad_qkv, table_gradient(problem, bias_table.shape, (grad_out, qkv, table, statistics))

@@ -159,7 +159,8 @@ std::tuple<at::Tensor, at::Tensor> window_attention_backward(const at::Tensor& g
                                                              const at::Tensor& bias_table, const at::Tensor& out,
                                                              const at::Tensor& lse, int64_t heads,
                                                              at::IntArrayRef window, at::IntArrayRef shift,
-                                                             at::IntArrayRef table_window, double scale) {
+                                                             at::IntArrayRef table_window, double scale,
+                                                             bool train_table) {
   const at::Tensor x = qkv.contiguous(), y = out.contiguous(), grad_y = grad_out.contiguous(),
                    statistics = lse.contiguous();
   const at::Tensor grad_x = at::empty(x.sizes(), x.options());
@@ -175,17 +176,18 @@ std::tuple<at::Tensor, at::Tensor> window_attention_backward(const at::Tensor& g
 
   const int64_t count = boxes.size(), rows = bias_table.size(0);
   const int64_t group = (count * heads + kGroups - 1) / kGroups, groups = group > 0 ? (count + group - 1) / group : 0;
-  std::unique_ptr<float[]> partial(new float[groups * heads * rows]);
+  const std::unique_ptr<float[]> partial(train_table ? new float[groups * heads * rows] : nullptr);
   const WindowAttentionKernels& kernel = kernels();
   for_units(groups * heads, kernel.backward_scratch(p), [&](int64_t unit, void* scratch) {
-    float* grad_table = partial.get() + unit * rows;
-    std::fill_n(grad_table, rows, 0.0f);
+    float* grad_table = train_table ? partial.get() + unit * rows : nullptr;
+    if (train_table) std::fill_n(grad_table, rows, 0.0f);
     const int64_t first = unit / heads * group;
     for (int64_t box = first; box < std::min(first + group, count); ++box) {
       kernel.backward(p, boxes[box], unit % heads, grad_table, scratch);
     }
   });
 
+  if (!train_table) return {grad_x, at::empty({0}, bias_table.options())};
   const at::Tensor grad_table = at::empty({rows, heads}, bias_table.options());
   float* target = grad_table.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 1 + (1 << 16) / (1 + groups * heads), [&](int64_t first, int64_t last) {

@@ -15,11 +15,13 @@ std::tuple<at::Tensor, at::Tensor> window_attention_forward(const at::Tensor& qk
                                                             at::IntArrayRef shift, at::IntArrayRef table_window,
                                                             double scale);
 
-// -> grad_qkv in qkv's dtype, grad_bias_table in float32; the same bits for any number of threads
+// -> grad_qkv in qkv's dtype, grad_bias_table in float32, or (0) without train_table; the same bits for any number of
+// threads
 std::tuple<at::Tensor, at::Tensor> window_attention_backward(const at::Tensor& grad_out, const at::Tensor& qkv,
                                                              const at::Tensor& bias_table, const at::Tensor& out,
                                                              const at::Tensor& lse, int64_t heads,
                                                              at::IntArrayRef window, at::IntArrayRef shift,
-                                                             at::IntArrayRef table_window, double scale);
+                                                             at::IntArrayRef table_window, double scale,
+                                                             bool train_table);
 
 }  // namespace bevt_kernels

@@ -573,8 +573,9 @@ struct BackwardScratch {
 };
 
 // Where p and ds = dp are those of all keys of the box: makes p sum to 1, takes delta from both, makes ds of dp, and
-// adds it to the strips.
-void finish_tile(const BackwardScratch& s, const int64_t* strip, int64_t rows, int64_t columns, int64_t ld) {
+// adds it to the strips of the first `summed` rows.
+void finish_tile(const BackwardScratch& s, const int64_t* strip, int64_t rows, int64_t summed, int64_t columns,
+                 int64_t ld) {
   for (int64_t n = 0; n < columns; n += kLanes) {
     Vector total = {}, delta = {};
     for (int64_t r = 0; r < rows; ++r) total += load(s.p + r * ld + n);
@@ -587,7 +588,7 @@ void finish_tile(const BackwardScratch& s, const int64_t* strip, int64_t rows, i
     for (int64_t r = 0; r < rows; ++r) {
       const Vector ds = load(s.p + r * ld + n) * (load(s.ds + r * ld + n) - delta);
       store(s.ds + r * ld + n, ds);
-      store(s.grad_strips + strip[r] + n, load(s.grad_strips + strip[r] + n) + ds);
+      if (r < summed) store(s.grad_strips + strip[r] + n, load(s.grad_strips + strip[r] + n) + ds);
     }
   }
 }
@@ -629,7 +630,10 @@ void backward_box(const WindowAttentionBackward& p, const Box& box, int64_t head
   // The table's gradient of this box: added up by itself, for the sums' rounding.
   const int64_t reach = (v.a - 1) * v.table_a + (v.b - 1) * v.table_b + v.c - 1;
   const int64_t least_row = v.centre - reach, most_row = v.centre + reach;
-  for (int64_t row = least_row; row <= most_row + kTableSlack; ++row) s.grad_table[row] = 0;
+  const bool frozen = grad_table == nullptr;
+  if (!frozen) {
+    for (int64_t row = least_row; row <= most_row + kTableSlack; ++row) s.grad_table[row] = 0;
+  }
 
   for (int64_t first = 0; first < v.tokens; first += tile_rows(v.tokens)) {
     const int64_t rows = minimum(tile_rows(v.tokens), v.tokens - first), padded = round_up(rows, kRows);
@@ -640,7 +644,10 @@ void backward_box(const WindowAttentionBackward& p, const Box& box, int64_t head
     transpose<kRows>(p, s.k_rows, padded, s.k);
     const Strips strips = tile_strips(v, first, rows);
     expand(v, strips, table, s.strips);
-    for (int64_t n = 0; n < strips.count * strips.stride; ++n) s.grad_strips[n] = 0;
+    const int64_t summed = frozen ? 0 : rows;  // whose ds are added to the strips of gradients
+    if (!frozen) {
+      for (int64_t n = 0; n < strips.count * strips.stride; ++n) s.grad_strips[n] = 0;
+    }
     int64_t strip[kMostRows];
     for (int64_t r = 0; r < padded; ++r) strip[r] = strip_row(v, strips, first + minimum(r, rows - 1));
 
@@ -671,12 +678,12 @@ void backward_box(const WindowAttentionBackward& p, const Box& box, int64_t head
                             const Vector ds = load(s.p + at) * (y - load(s.delta + n));
                             store(s.ds + at, ds);
                             float* grad_bias = s.grad_strips + strip[row + r] + n;
-                            if (row + r < rows) store(grad_bias, load(grad_bias) + ds);
+                            if (row + r < summed) store(grad_bias, load(grad_bias) + ds);
                           });
       }
     });
-    if (one_tile) finish_tile(s, strip, rows, columns, ld);
-    fold(v, strips, s.grad_strips, s.grad_table);
+    if (one_tile) finish_tile(s, strip, rows, summed, columns, ld);
+    if (!frozen) fold(v, strips, s.grad_strips, s.grad_table);
 
     multiply(padded, v.tokens, stride, s.p, ld, s.grad, s.grad_v);
     multiply(padded, v.tokens, stride, s.ds, ld, s.q, s.grad_k);
@@ -694,6 +701,7 @@ void backward_box(const WindowAttentionBackward& p, const Box& box, int64_t head
     store_rows(p, s.grad_v, tokens, rows, 1, grad_q + 2 * channels, token);
   }
   store_rows(p, s.grad_q, s.columns, v.tokens, p.scale, grad_q, token);
+  if (frozen) return;
   for (int64_t row = least_row; row <= most_row; ++row) grad_table[row] += s.grad_table[row];
 }
 

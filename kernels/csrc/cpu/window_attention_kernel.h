@@ -50,7 +50,7 @@ struct WindowAttentionKernels {
   int64_t (*backward_scratch)(const WindowAttention&);
   // Write one head of a box.
   void (*forward)(const WindowAttentionForward&, const Box&, int64_t head, void* scratch);
-  // Write one head of a box, and add to the head's table gradient, (rows).
+  // Write one head of a box, and add to the head's table gradient, (rows), unless that is null.
   void (*backward)(const WindowAttentionBackward&, const Box&, int64_t head, float* grad_table, void* scratch);
 };
 

@@ -43,7 +43,7 @@ FUNCTIONS = {
 }
 _HALF = ("qkv", "out", "grad_out", "grad_qkv")
 _FLOAT = ("table", "lse", "statistics", "grad_bias")
-_INT = ("groups", "origins", "tokens", "table_rows")
+_INT = ("starts", "groups", "origins", "tokens", "table_rows")
 
 
 class Count(NamedTuple):
@@ -78,8 +78,9 @@ def compile_kernel(kernel: str, sizes: Config, architecture: str) -> CompiledKer
     signature = {name: kinds.get(name, "i32") for name in function.arg_names}
     aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=function, signature=signature, constexprs=static, attrs=aligned)
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True}
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
+    return triton.compile(source, target=target, options=options)
 
 
 def disassemble(compiled: CompiledKernel) -> tuple[str, int, int]:

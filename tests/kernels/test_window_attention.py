@@ -36,6 +36,11 @@ class Target(NamedTuple):
     """Why it cannot run here, and how it could."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """For properties that hold in any: on a GPU the one that models run in, float32 having paths of its own."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
     def interpreted(self) -> bool:
         """Triton's kernels on a CPU, at a tenth of a second for a box and head."""
         return self.impl == "triton" and self.device == "cpu"
@@ -169,7 +174,7 @@ def test_gradcheck(case: WindowCase) -> None:
 @pytest.mark.parametrize("batch", [0, 2])
 def test_opcheck(target: Target, batch: int) -> None:
     case = WindowCase(batch, (2, 6, 4), (2, 3, 2), (1, 1, 1), heads=2, head_dim=16)
-    qkv, table, grad = case.inputs(torch.float32, device=target.device)
+    qkv, table, grad = case.inputs(target.dtype, device=target.device)
     inputs = (qkv.requires_grad_(), table.requires_grad_(), *arguments(case, target.impl))
     torch.library.opcheck(OPS.window_attention_forward.default, inputs)
     with torch.no_grad():
@@ -183,7 +188,7 @@ def test_opcheck(target: Target, batch: int) -> None:
 @pytest.mark.parametrize("side", [3, 9])  # native takes boxes of up to 64 tokens another way
 def test_a_frozen_table_gets_no_gradient_and_changes_no_other(target: Target, side: int) -> None:
     case = WindowCase(1, (1, side, 2 * side), (1, side, side), (0, 1, 0), heads=2, head_dim=16)
-    qkv, table, grad = case.inputs(torch.float32, device=target.device)
+    qkv, table, grad = case.inputs(target.dtype, device=target.device)
     expected = run(attention(case, target), qkv, table, grad)["grad qkv"]
     out = attention(case, target)(qkv.requires_grad_(), table)
     with mock.patch.object(autograd.ops, "backward", wraps=autograd.ops.backward) as backward:
@@ -201,7 +206,7 @@ def test_bias_rows_follow_true_offsets() -> None:
 
 def test_equals_sdpa_without_bias_and_shift(target: Target) -> None:
     case = WindowCase(2, (4, 6, 6), (2, 3, 3), heads=2, head_dim=16)
-    qkv, table, _ = case.inputs(torch.float32, device=target.device)
+    qkv, table, _ = case.inputs(target.dtype, device=target.device)
     got = attention(case, target)(qkv, table.zero_())
     for d, h, w in itertools.product(range(0, 4, 2), range(0, 6, 3), range(0, 6, 3)):
         part = (slice(None), slice(d, d + 2), slice(h, h + 3), slice(w, w + 3))
@@ -215,14 +220,14 @@ def test_equals_sdpa_without_bias_and_shift(target: Target) -> None:
 
 def test_rolling_by_a_window_rolls_the_output(target: Target) -> None:
     case = WindowCase(1, (4, 9, 6), (2, 3, 3), heads=2, head_dim=16)
-    qkv, table, _ = case.inputs(torch.float32, device=target.device)
+    qkv, table, _ = case.inputs(target.dtype, device=target.device)
     by, axes, function = (2, 3, 3), (1, 2, 3), attention(case, target)
     assert torch.equal(function(qkv.roll(by, axes), table), function(qkv, table).roll(by, axes))
 
 
 def test_border_excludes_rather_than_discourages(target: Target) -> None:
     case = WindowCase(1, (1, 1, 8), (1, 1, 4), (0, 0, 2), heads=1, head_dim=16)
-    qkv, table, _ = case.inputs(torch.float32, device=target.device)
+    qkv, table, _ = case.inputs(target.dtype, device=target.device)
     function = attention(case, target)
     before = function(qkv, table)
     qkv[..., :2, 16:32] = 1e4  # keys of the two first tokens, which share a rolled window with the two last
@@ -244,7 +249,7 @@ def test_scores_far_above_a_querys_own_do_not_overflow(target: Target, dtype: to
 
 def test_unused_table_rows_get_zero_gradient(target: Target) -> None:
     case = CASES["1x7x7 on the 8x7x7 table"]
-    grad = run(attention(case, target), *case.inputs(torch.float32, device=target.device))["grad bias_table"]
+    grad = run(attention(case, target), *case.inputs(target.dtype, device=target.device))["grad bias_table"]
     used = torch.zeros(len(grad), dtype=torch.bool, device=target.device)
     used[relative_index(case.window, case.table).flatten()] = True
     assert used.nonzero()[[0, -1], 0].tolist() == [7 * 169, 8 * 169 - 1]  # the zero-distance rows of 15 * 169
@@ -254,9 +259,9 @@ def test_unused_table_rows_get_zero_gradient(target: Target) -> None:
 
 def test_backward_is_deterministic(target: Target) -> None:
     case = CASES["3x5x2 every axis shifted" if target.interpreted else "8x7x7 shifted"]
-    inputs = case.inputs(torch.float32, device=target.device)
+    inputs = case.inputs(target.dtype, device=target.device)
     first = run(attention(case, target), *inputs)
-    for _ in range(1 if target.interpreted else 4):
+    for _ in range(1 if target.interpreted else 100 if target.device == "cuda" else 4):
         again = run(attention(case, target), *inputs)
         for name in first:
             assert torch.equal(first[name], again[name]), name
@@ -297,13 +302,14 @@ def test_error_is_within_budget_on_lesser_instruction_sets(target: Target, level
 
 def test_strided_input_equals_contiguous(target: Target) -> None:
     case = CASES["4x4x4"]
-    qkv, table, grad = case.inputs(torch.float32, device=target.device)
-    strided = qkv.permute(4, 0, 1, 2, 3).contiguous().permute(1, 2, 3, 4, 0)
+    qkv, table, grad = case.inputs(target.dtype, device=target.device)
+    strided, strided_table = qkv.permute(4, 0, 1, 2, 3).contiguous().permute(1, 2, 3, 4, 0), table.t().contiguous().t()
     assert not strided.is_contiguous()
+    assert not strided_table.is_contiguous()
     function = attention(case, target)
     expected, got = (
         run(function, qkv, table, grad),
-        run(function, strided, table, grad.transpose(1, 2).contiguous().transpose(1, 2)),
+        run(function, strided, strided_table, grad.transpose(1, 2).contiguous().transpose(1, 2)),
     )
     for name in got:
         assert torch.equal(got[name], expected[name]), name
@@ -311,14 +317,14 @@ def test_strided_input_equals_contiguous(target: Target) -> None:
 
 def test_empty_batch(target: Target) -> None:
     case = WindowCase(0, (2, 4, 4), (2, 2, 2), (0, 1, 1))
-    got = run(attention(case, target), *case.inputs(torch.float32, device=target.device))
+    got = run(attention(case, target), *case.inputs(target.dtype, device=target.device))
     assert got["out"].shape == (0, 2, 4, 4, 16)
     assert not got["grad bias_table"].any()
 
 
 def test_scale_is_applied_to_the_scores(target: Target) -> None:
     case = WindowCase(1, (2, 4, 4), (2, 2, 2), head_dim=16)
-    qkv, table, _ = case.inputs(torch.float32, device=target.device)
+    qkv, table, _ = case.inputs(target.dtype, device=target.device)
     scaled = qkv.clone()
     scaled[..., :32] *= 2  # a power of two: the same bits
     got = window_attention(qkv, table, scale=2 * case.scale, impl=target.impl, **case.keywords())
@@ -327,7 +333,7 @@ def test_scale_is_applied_to_the_scores(target: Target) -> None:
 
 def test_autocast_does_not_reach_inside(target: Target) -> None:
     case = WindowCase(1, (2, 4, 4), (2, 2, 2), (0, 1, 1), head_dim=16)
-    inputs = case.inputs(torch.float32, device=target.device)
+    inputs = case.inputs(target.dtype, device=target.device)
     plain = run(attention(case, target), *inputs)
     with torch.autocast(target.device, torch.bfloat16):
         inside = run(attention(case, target), *inputs)
@@ -337,7 +343,7 @@ def test_autocast_does_not_reach_inside(target: Target) -> None:
 
 def test_second_derivative_is_refused(target: Target) -> None:
     case = WindowCase(1, (2, 2, 2), (2, 2, 2), head_dim=16)
-    qkv, table, grad = case.inputs(torch.float32, device=target.device)
+    qkv, table, grad = case.inputs(target.dtype, device=target.device)
     out = attention(case, target)(qkv.requires_grad_(), table)
     with pytest.raises(NotImplementedError, match="window_attention has no second derivative"):
         torch.autograd.grad(out, qkv, grad, create_graph=True)
@@ -358,7 +364,7 @@ def test_compiled_equals_eager_and_batches_do_not_recompile(target: Target, back
     compiled = torch.compile(function, backend=count, fullgraph=True)
     for batch in (2, 3, 5, 64) if backend == "aot_eager" and not target.interpreted else (2, 3):
         other = WindowCase(batch, case.grid, case.window, case.shift, head_dim=case.head_dim)
-        qkv, table, grad = other.inputs(torch.float32, batch, target.device)
+        qkv, table, grad = other.inputs(target.dtype, batch, target.device)
         torch._dynamo.mark_dynamic(qkv, 0)
         leaf, leaf_table = qkv.requires_grad_(), table.requires_grad_()
         out = compiled(leaf, leaf_table)
@@ -369,10 +375,53 @@ def test_compiled_equals_eager_and_batches_do_not_recompile(target: Target, back
     assert compiles == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [TRITON.param()])
+def test_cuda_graph_replay_equals_eager(target: Target, dtype: torch.dtype) -> None:
+    case = CASES["8x7x7 shifted"]
+    inputs = case.inputs(dtype, 1, target.device)
+    qkv, table, grad = inputs
+
+    def step() -> tuple[torch.Tensor, ...]:
+        leaves = qkv.detach().requires_grad_(), table.detach().requires_grad_()
+        out = attention(case, target)(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()  # compiles, and makes the index arrays
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (2, 3):
+        for tensor, value in zip(inputs, case.inputs(dtype, seed, target.device)):
+            tensor.copy_(value)
+        graph.replay()
+        for value, (name, wanted) in zip(captured, run(attention(case, target), *inputs).items()):
+            assert torch.equal(value, wanted), f"seed {seed}: {name}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+@pytest.mark.parametrize("target", [TRITON.param()])
+def test_compiled_into_cuda_graphs_equals_eager(target: Target) -> None:
+    case = CASES["8x7x7 shifted"]
+    torch._dynamo.reset()
+    function = lambda q, t: attention(case, target)(q, t) * 2  # noqa: E731
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):  # the second call captures, the third replays
+        inputs = case.inputs(torch.bfloat16, seed, target.device)
+        torch.compiler.cudagraph_mark_step_begin()
+        got, expected = run(compiled, *inputs), run(function, *inputs)
+        for name in got:
+            assert torch.equal(got[name], expected[name]), f"seed {seed}: {name}"
+
+
 @pytest.mark.parametrize("target", [t.param() for t in (*TARGETS, Target("reference", device="meta"))])
 def test_flop_counter(target: Target) -> None:
     case = WindowCase(2, (2, 4, 4), (2, 2, 4), heads=2, head_dim=16)
-    qkv, table, grad = case.inputs(torch.float32, device=target.device)
+    qkv, table, grad = case.inputs(target.dtype, device=target.device)
     product = 2 * (2 * 2 * 4 * 4) * (2 * 2 * 4) * 32  # 2 * tokens * N * C
     with FlopCounterMode(display=False) as counter:
         out = attention(case, target)(qkv.requires_grad_(), table.requires_grad_())

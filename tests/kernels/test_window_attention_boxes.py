@@ -79,12 +79,18 @@ def test_padding_looks_up_minus_infinity() -> None:
 
 def test_groups_share_a_shape_and_hold_every_box_once() -> None:
     call = (3, (4, 6, 6), (2, 3, 3), (1, 1, 2), (2, 4, 3), CPU)
-    cut, groups, ranges = boxes.cut(*call), boxes.groups(*call, 4), boxes.group_ranges(*call, 4)
+    cut, groups, sums = boxes.cut(*call), boxes.groups(*call, 4), boxes.bias_sums(*call, 4, 8)
     held = [box for _, _, first, count in groups.tolist() for box in range(first, first + count)]
     assert held == list(range(len(cut.origins)))
     assert groups[:, 3].max() <= 4
     assert (groups[:-1, 0] >= groups[1:, 0]).all()  # the long ones first
-    for (first, last, *box), (shape, start, _, count) in zip(ranges.tolist(), cut.shapes):
+    at, tiles = 0, 0
+    for (first, pieces, side, *box), (shape, start, _, count) in zip(sums.shapes.tolist(), cut.shapes):
         assert tuple(box) == shape
-        assert groups[first:last, 1].tolist() == [start] * (last - first)
-        assert groups[first:last, 3].sum() == count
+        assert groups[at : at + pieces, 1].tolist() == [start] * pieces
+        assert groups[at : at + pieces, 3].sum() == count
+        assert 8 * (side - 1) < math.prod(shape) <= 8 * side
+        assert sums.starts[at : at + pieces].tolist() == [tiles + i * side**2 for i in range(pieces)]
+        assert first == tiles
+        at, tiles = at + pieces, tiles + pieces * side**2
+    assert (at, tiles) == (len(groups), sums.tiles)

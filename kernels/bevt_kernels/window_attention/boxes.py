@@ -88,16 +88,38 @@ def groups(
     return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4)
 
 
+class BiasSums(NamedTuple):
+    """Where the sums of ds over each of `groups` lie: a piece for a group, counted in tiles of block x block pairs."""
+
+    starts: Tensor
+    """(G,) int32: tiles before the group's piece, of one head."""
+    shapes: Tensor
+    """(S, 6) int32, of each shape: tiles before its first piece, number of pieces, tiles a side, the box's sides."""
+    tiles: int
+    """Of all pieces, of one head."""
+
+
 @cache
-def group_ranges(
-    batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device, size: int
-) -> Tensor:
-    """(S, 5) int32, for each shape: its first group among `groups`, the one after its last, the sides of its box."""
-    rows: list[tuple[int, ...]] = []
+def bias_sums(
+    batch: int,
+    grid: Size3,
+    window: Size3,
+    shift: Size3,
+    table_window: Size3,
+    device: torch.device,
+    size: int,
+    block: int,
+) -> BiasSums:
+    """For groups of at most `size` boxes. A piece is as large as its shape of boxes needs."""
+    starts: list[int] = []
+    shapes, tiles = [], 0
     for box, _, _, count in cut(batch, grid, window, shift, table_window, device).shapes:
-        first = rows[-1][1] if rows else 0
-        rows.append((first, first + -(-count // size), *box))
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+        pieces, side = -(-count // size), -(-math.prod(box) // block)
+        shapes.append((tiles, pieces, side, *box))
+        starts += range(tiles, tiles + pieces * side**2, side**2)
+        tiles += pieces * side**2
+    of_groups, of_shapes = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (starts, shapes))
+    return BiasSums(of_groups, of_shapes, tiles)
 
 
 def as_size(numbers: Sequence[int]) -> Size3:

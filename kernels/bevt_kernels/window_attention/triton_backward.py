@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevt_kernels.window_attention.boxes import group_ranges, padded_table, table_size
+from bevt_kernels.window_attention.boxes import bias_sums, padded_table, table_size
 from bevt_kernels.window_attention.triton_forward import (
     COUNTS,
     LOG_2,
@@ -242,6 +242,7 @@ def grad_bias_kernel(
     table,
     statistics,
     grad_bias,
+    starts,
     groups,
     origins,
     tokens,
@@ -257,9 +258,9 @@ def grad_bias_kernel(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Writes `grad_bias` (groups, h, P, P) float32, the sum of ds over a group's boxes; P = TILES * BLOCK.
+    """Writes a group's piece of `grad_bias`, (h, P, P) float32: the sum of ds over its boxes, P tokens padded to BLOCK.
 
-    Pairs with padding get zero; tiles beyond a short box's tokens are not written.
+    Pairs with padding get zero.
     """
     pair, head, N, box, boxes, tokens, table_rows, table = work(
         groups, tokens, table_rows, table, HEADS, ROWS, TILES * TILES
@@ -292,44 +293,46 @@ def grad_bias_kernel(
             p *= tl.load(row + 2 * plane)[:, None]
         dp = tl.dot(g_out, tl.trans(v), input_precision="ieee")
         acc += p * (dp - tl.load(row + plane)[:, None])
-    P = TILES * BLOCK
-    which = tl.program_id(0) // (TILES * TILES) // HEADS
-    at = grad_bias + (which.to(tl.int64) * HEADS + head) * P * P
-    tl.store(at + i[:, None] * P + j[None, :], acc)
+    side = tl.cdiv(N, BLOCK)
+    tile = tl.load(starts + tl.program_id(0) // (TILES * TILES) // HEADS).to(tl.int64) * HEADS + head * side * side
+    tl.store(grad_bias + tile * (BLOCK * BLOCK) + i[:, None] * (side * BLOCK) + j[None, :], acc)
 
 
-@triton.jit(do_not_specialize=["SIZE"])
-def add_up_kernel(grad_bias, ranges, SIZE, BLOCK: tl.constexpr):
-    """grad_bias[first] = sum of grad_bias[first : last] for the range of this program, SIZE numbers each, in order."""
-    first = tl.load(ranges + tl.program_id(1) * 5)
-    last = tl.load(ranges + tl.program_id(1) * 5 + 1)
-    if last == first + 1:
+@triton.jit(do_not_specialize=["HEADS"])
+def add_up_kernel(grad_bias, shapes, HEADS, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """For a shape of boxes, the sum of its pieces of `grad_bias`, in order, in the place of the first."""
+    shape = shapes + tl.program_id(1) * 6
+    pieces = tl.load(shape + 1)
+    side = tl.load(shape + 2)
+    size = side * side * HEADS * TILE
+    first = tl.program_id(0) * BLOCK
+    if (pieces == 1) | (first >= size):
         return
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = number < SIZE
-    sum_at = grad_bias + first.to(tl.int64) * SIZE + number
+    number = first + tl.arange(0, BLOCK)
+    keep = number < size
+    sum_at = grad_bias + tl.load(shape).to(tl.int64) * HEADS * TILE + number
     at = sum_at
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(first, last):
+    for _ in range(0, pieces):
         total += tl.load(at, mask=keep, other=0.0)
-        at += SIZE
+        at += size
     tl.store(sum_at, total, mask=keep)
 
 
-@triton.jit(do_not_specialize=["SHAPES", "HEADS", "P", "WD", "WH", "WW", "TD", "TH", "TW"])
+@triton.jit(do_not_specialize=["SHAPES", "HEADS", "WD", "WH", "WW", "TD", "TH", "TW"])
 def fold_kernel(
     grad_bias,
-    ranges,
+    shapes,
     grad_table,
     SHAPES,
     HEADS,
-    P,
     WD,
     WH,
     WW,
     TD,
     TH,
     TW,
+    BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -344,19 +347,20 @@ def fold_kernel(
     c = offset % across - (WW - 1)
     total = tl.zeros([BLOCK_R], tl.float32)
     for shape in range(0, SHAPES):
-        piece = tl.load(ranges + shape * 5).to(tl.int64)
-        bd = tl.load(ranges + shape * 5 + 2)
-        bh = tl.load(ranges + shape * 5 + 3)
-        bw = tl.load(ranges + shape * 5 + 4)
-        at = grad_bias + (piece * HEADS + head) * P * P
-        for start in range(0, bd * bh * bw, BLOCK_I):
-            i = start + tl.arange(0, BLOCK_I)
+        start = tl.load(shapes + shape * 6).to(tl.int64)
+        side = tl.load(shapes + shape * 6 + 2)
+        bd = tl.load(shapes + shape * 6 + 3)
+        bh = tl.load(shapes + shape * 6 + 4)
+        bw = tl.load(shapes + shape * 6 + 5)
+        at = grad_bias + (start * HEADS + head * side * side) * (BLOCK * BLOCK)
+        for first in range(0, bd * bh * bw, BLOCK_I):
+            i = first + tl.arange(0, BLOCK_I)
             d = (i // (bh * bw))[None, :] - a[:, None]
             h = (i // bw % bh)[None, :] - b[:, None]
             w = (i % bw)[None, :] - c[:, None]
             pair = (d >= 0) & (d < bd) & (h >= 0) & (h < bh) & (w >= 0) & (w < bw) & (i < bd * bh * bw)[None, :]
             j = (d * bh + h) * bw + w
-            total += tl.sum(tl.load(at + i[None, :] * P + j, mask=pair, other=0.0), 1)
+            total += tl.sum(tl.load(at + i[None, :] * (side * BLOCK) + j, mask=pair, other=0.0), 1)
     row = ((a + TD - 1) * (2 * TH - 1) + b + TH - 1) * (2 * TW - 1) + c + TW - 1
     tl.store(grad_table + row * HEADS + head, total, mask=offset < (2 * WD - 1) * plane)
 
@@ -364,19 +368,20 @@ def fold_kernel(
 def table_gradient(problem: Problem, table_shape: torch.Size, tensors: tuple[Tensor, ...]) -> Tensor:
     """(L, h) float32. `tensors` are grad_out, qkv, the padded table and the statistics."""
     settings = problem.config("grad_bias")
-    tiles = triton.cdiv(problem.tokens, settings.block_q)
-    side = tiles * settings.block_q
-    ranges = group_ranges(*problem.map, settings.group)
-    shape = (len(problem.groups(settings)), problem.heads, side, side)
-    grad_bias = torch.empty(shape, dtype=torch.float32, device=tensors[0].device)
-    problem.launch(grad_bias_kernel, settings, tiles, tiles**2, (*tensors, grad_bias), BLOCK=settings.block_q)
+    block, tiles = settings.block_q, triton.cdiv(problem.tokens, settings.block_q)
+    sums = bias_sums(*problem.map, settings.group, block)
+    grad_bias = torch.empty(sums.tiles * problem.heads * block**2, dtype=torch.float32, device=tensors[0].device)
+    tensors = (*tensors, grad_bias, sums.starts)
+    problem.launch(grad_bias_kernel, settings, tiles, tiles**2, tensors, BLOCK=block)
     on_gpu = grad_bias.is_cuda  # the interpreter pays by the program
-    size, block = problem.heads * side**2, 1024 if on_gpu else 2**16
-    add_up_kernel[(triton.cdiv(size, block), len(ranges))](grad_bias, ranges, size, BLOCK=block)
-    grad_table, block = grad_bias.new_zeros(table_shape), 16 if on_gpu else 1024
-    fold_kernel[(triton.cdiv(table_size(problem.window), block), problem.heads)](
-        grad_bias, ranges, grad_table, len(ranges), problem.heads, side, *problem.window, *problem.table_window,
-        BLOCK_R=block, BLOCK_I=64,
+    most, step = problem.heads * (tiles * block) ** 2, 1024 if on_gpu else 2**16
+    add_up_kernel[(triton.cdiv(most, step), len(sums.shapes))](
+        grad_bias, sums.shapes, problem.heads, TILE=block**2, BLOCK=step
+    )
+    grad_table, rows = grad_bias.new_zeros(table_shape), 16 if on_gpu else 1024
+    fold_kernel[(triton.cdiv(table_size(problem.window), rows), problem.heads)](
+        grad_bias, sums.shapes, grad_table, len(sums.shapes), problem.heads, *problem.window, *problem.table_window,
+        BLOCK=block, BLOCK_R=rows, BLOCK_I=64,
     )  # fmt: skip
     return grad_table
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevt_kernels.window_attention.boxes import as_size, cut, groups, padded_table, table_size
+from bevt_kernels.window_attention.boxes import PAD, as_size, cut, groups, padded_table, table_size
 from bevt_kernels.window_attention.configs import Config, architecture, config
 
 LOG2_E = math.log2(math.e)
@@ -261,7 +261,9 @@ class Problem:
 
     def config(self, kernel: str) -> Config:
         """The tile sizes of `kernel` (a name of `configs.KERNELS`)."""
-        return config(kernel, self.qkv.dtype, self.head_dim, self.tokens, architecture(self.qkv.device))
+        sizes = config(kernel, self.qkv.dtype, self.head_dim, self.tokens, architecture(self.qkv.device))
+        assert PAD % sizes.block_q == PAD % sizes.block_k == 0, f"{kernel}: a tile of {sizes} reads past its arrays"
+        return sizes
 
     def groups(self, settings: Config) -> Tensor:
         """The boxes in groups, as of `boxes.groups`."""
@@ -284,7 +286,7 @@ class Problem:
             kernel[(len(rows) * self.heads * programs,)](
                 *tensors, rows, boxes.origins, boxes.tokens, boxes.table_rows, self.scale, *counts,
                 HEAD_DIM=self.head_dim, CHANNELS=channels, EXACT=self.exact, **static,
-                num_warps=settings.warps, num_stages=settings.stages,
+                num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=True,
             )  # fmt: skip
 
     def walk(self, kernel: triton.JITFunction, name: str, tensors: tuple[Tensor, ...], **static: int) -> None:

@@ -23,14 +23,14 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
 
-def peaks(problem: Problem, op: str, case: str, name: str, threads: int, frozen: bool) -> tuple[int, int] | None:
+def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> tuple[int, int] | None:
     """Bytes at the peak of the forward, and of forward and backward; None where the system does not tell."""
     if problem.device == "cuda":
-        return _cuda(lambda mark: problem.step(name, frozen, mark))
+        return _cuda(lambda mark: problem.step(name, False, mark))
     if not (STATUS.exists() and os.access(RESET, os.W_OK)):
         return None
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", op, case, name, str(int(frozen))],
+        [sys.executable, "-m", "benchmarks.memory", op, case, name],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
@@ -59,9 +59,9 @@ def _resident(key: str) -> int:
     return 1024 * int(match[1])
 
 
-def _child(op: str, case: str, name: str, frozen: str) -> None:
+def _child(op: str, case: str, name: str) -> None:
     problem = build(op, case, "cpu")
-    step = lambda mark: problem.step(name, bool(int(frozen)), mark)  # noqa: E731
+    step = lambda mark: problem.step(name, False, mark)  # noqa: E731
     step(lambda: None)
     RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
     before = _resident("VmRSS")

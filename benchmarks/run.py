@@ -110,7 +110,7 @@ def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[
     steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
     times = timing.interleaved(steps, device, SECONDS[device])
     threads = torch.get_num_threads()
-    peak = {name: memory.peaks(problem, op, case, name, threads, False) for name in good}
+    peak = {name: memory.peaks(problem, op, case, name, threads) for name in good}
     by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
     for name in good:
         forward, total = np.array(times[name]).T

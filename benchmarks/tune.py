@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.pool import Pool
 
 import torch
 from bevt_kernels.testing import WindowCase, assert_within_budget, eager_window_attention
@@ -81,10 +83,6 @@ def judge(case: WindowCase, dtype: torch.dtype, device: str, kernel: str, sizes:
     return ""
 
 
-def _judge(arguments: tuple) -> str:
-    return judge(*arguments)
-
-
 def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], device: str, rounds: int) -> list[float]:
     """Median milliseconds of each of `sizes`, run in turns."""
     run = step(case, inputs, kernel)
@@ -103,15 +101,14 @@ def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], de
 
 
 def tune(
-    case: WindowCase, dtype: torch.dtype, device: str, kernel: str, found: list[Config], processes: int, rounds: int
+    case: WindowCase, dtype: torch.dtype, device: str, kernel: str, found: list[Config], pool: Pool | None, rounds: int
 ) -> tuple[Config, list[tuple[Config, float | str]]]:
-    """The best of `found`, whose first is the shipped one, and the time of each or why it was dropped."""
+    """The best of `found`, whose first is the shipped one, and the time of each or why it was dropped.
+
+    They are compiled and judged by the processes of `pool`, or without one here.
+    """
     jobs = [(case, dtype, device, kernel, sizes) for sizes in found]
-    if processes > 1:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            reasons = pool.map(_judge, jobs, chunksize=1)
-    else:
-        reasons = [_judge(job) for job in jobs]
+    reasons = pool.starmap(judge, jobs, chunksize=1) if pool else list(itertools.starmap(judge, jobs))
     able = [sizes for sizes, reason in zip(found, reasons) if not reason]
     if not able:
         raise RuntimeError(f"{kernel}: no sizes run; the shipped ones: {reasons[0]}")
@@ -128,22 +125,25 @@ def main() -> int:
         "--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile at a time"
     )
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further search is begun")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("needs a CUDA GPU: torch sees none", file=sys.stderr)
         return 2
     architecture, dtype = configs.architecture(torch.device("cuda")), torch.bfloat16
     tuned = json.loads(configs.PATH.read_text()) if configs.PATH.is_file() else {}
-    for name, entry in CASES.items():
-        assert isinstance(entry.case, WindowCase)
-        case = replace(entry.case, batch=entry.batch["cuda"])
-        tokens = math.prod(case.window)
-        shape = configs.shape_class(dtype, case.head_dim, tokens)
-        for kernel in arguments.kernel or KERNELS:
+    end = time.monotonic() + arguments.time_limit
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for (name, entry), kernel in itertools.product(CASES.items(), arguments.kernel or KERNELS):
+            if time.monotonic() > end:
+                print(f"out of time, not tuned: {name}, {kernel}")
+                continue
+            assert isinstance(entry.case, WindowCase)
+            case = replace(entry.case, batch=entry.batch["cuda"])
+            tokens = math.prod(case.window)
+            shape = configs.shape_class(dtype, case.head_dim, tokens)
             shipped = configs.config(kernel, dtype, case.head_dim, tokens, architecture)
-            best, report = tune(
-                case, dtype, "cuda", kernel, candidates(kernel, shipped), arguments.processes, arguments.rounds
-            )
+            best, report = tune(case, dtype, "cuda", kernel, candidates(kernel, shipped), pool, arguments.rounds)
             for sizes, outcome in report:
                 shown = outcome if isinstance(outcome, str) else f"{outcome:.3f} ms"
                 print(f"{name}, {kernel}: {'*' if sizes == best else ' '} {tuple(sizes)} {shown}", flush=True)

@@ -54,26 +54,30 @@ def green(pattern: str, device: str, seconds: float) -> str:
     folders = sorted({str(Path(path).parent) for path in paths})  # a green folder holds green files
     if stamp.exists() or _stamp(folders, device).exists():
         return f"tests: {' '.join(paths)} green on {device} (remembered)"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", *paths]
+    command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "-q", *paths]
     if device == "cpu":  # where Triton is only interpreted, for ten minutes, and nothing of it is timed
         command += ["-k", "not triton"]
     elif find_spec("xdist"):  # most of their time is compilation
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    if "-n" in command:  # threads that wait for each other's turn on a core take ten times as long
+        environment["OMP_NUM_THREADS"] = "1"
     start = time.monotonic()
     try:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=seconds,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        raise GateClosed(f"{' '.join(paths)} took over {seconds:.0f} s: run them alone") from None
+    except subprocess.TimeoutExpired as error:
+        so_far = (error.output or b"").decode(errors="replace")
+        raise GateClosed(f"{' '.join(paths)} took over {seconds:.0f} s: run them alone\n{so_far[-4000:]}") from None
     if done.returncode:
         raise GateClosed(f"{' '.join(paths)} is not green, so nothing is timed:\n{done.stdout[-4000:]}")
     stamp.parent.mkdir(parents=True, exist_ok=True)

@@ -38,13 +38,13 @@ class Baseline(NamedTuple):
     """The distribution whose version it depends on."""
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # a model has 7 cases
 def _index(case: WindowCase, device: torch.device) -> Tensor:
     """(N * N,) rows of the table."""
     return relative_index(case.window, case.table).flatten().to(device)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # a model has 7 cases
 def _border(case: WindowCase, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """(n, 1, N, N): 0, or -inf across the border of a shifted map; None without a shift."""
     return reference.border_bias(case.grid, case.window, case.shift, torch.empty(0, dtype=dtype, device=device))

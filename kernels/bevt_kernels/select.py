@@ -92,20 +92,26 @@ def _triton_reason() -> str:
 _TRITON = _triton_reason()  # once: looking a version up takes 0.7 ms, and a compiler cannot trace it
 
 
+@torch.compiler.assume_constant_result
+def _gpu_reasons() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA GPU"]
+    if torch.version.hip:
+        return ["serves NVIDIA GPUs; nobody has tried ROCm"]
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return [f"needs compute capability 8.0, this GPU has {'.'.join(map(str, capability))}"]
+    return []
+
+
 def triton_reasons(spec: Spec) -> list[str]:
     """Why Triton kernels cannot serve. On the CPU its interpreter runs them, if named: that is for tests."""
     reasons = [_TRITON] if _TRITON else []
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if spec.device == "cpu" and not interpreted:
         reasons.append("serves CUDA; on the CPU only Triton's interpreter, with TRITON_INTERPRET=1 set from the start")
-    elif spec.device == "cuda" and not torch.cuda.is_available():
-        reasons.append("torch sees no CUDA GPU")
-    elif spec.device == "cuda" and torch.version.hip:
-        reasons.append("serves NVIDIA GPUs; nobody has tried ROCm")
-    elif spec.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        reasons.append(
-            f"needs compute capability 8.0, this GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
-        )
+    elif spec.device == "cuda":
+        reasons += _gpu_reasons()
     elif spec.device not in ("cpu", "cuda"):
         reasons.append(f"serves CUDA, not {spec.device}")
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -248,7 +248,7 @@ def test_encoder_step_is_the_same_by_eager_attention() -> None:
 @pytest.mark.skipif(not memory.RESET.exists(), reason="peak memory on a CPU is read from Linux' /proc")
 def test_peak_memory_sees_the_scores_of_the_eager_form() -> None:
     problem = problems.build("window_attention", "cpu target", "cpu")
-    peaks = memory.peaks(problem, "window_attention", "cpu target", "eager", 1, False)
+    peaks = memory.peaks(problem, "window_attention", "cpu target", "eager", 1)
     assert peaks is not None
     scores = 16 * 4 * 392**2 * 4
     assert 2 * scores < peaks[0] < peaks[1] < 8 * scores

@@ -20,7 +20,7 @@ from bevt_kernels.testing import (
     random_window_case,
     relative_index,
 )
-from bevt_kernels.window_attention import autograd, reference
+from bevt_kernels.window_attention import autograd, boxes, reference
 from torch.utils.flop_counter import FlopCounterMode
 
 OPS = torch.ops.bevt_kernels
@@ -107,7 +107,15 @@ def arguments(case: WindowCase, impl: str) -> tuple:
     return case.heads, list(case.window), list(case.shift), list(case.table), case.scale, impl
 
 
-def assert_case_within_budget(case: WindowCase, target: Target, dtype: torch.dtype, *seeds: int) -> None:
+def assert_case_within_budget(case: WindowCase, target: Target, dtype: torch.dtype, seed: int) -> None:
+    """Of one draw, or else of eight together: a largest error is a matter of luck, eager's too (1 case in 100)."""
+    try:
+        assert_draws_within_budget(case, target, dtype, seed)
+    except AssertionError:
+        assert_draws_within_budget(case, target, dtype, *range(seed, seed + 8000, 1000))
+
+
+def assert_draws_within_budget(case: WindowCase, target: Target, dtype: torch.dtype, *seeds: int) -> None:
     """Output, gradients and lse, all draws together. Eager has no lse: there the reference in float32 stands for it."""
     draws = []
     for seed in seeds:
@@ -140,11 +148,7 @@ def test_error_is_within_budget(case: WindowCase, target: Target, dtype: torch.d
 @pytest.mark.parametrize("seed", range(60 if torch.cuda.is_available() else 300))  # a GPU's are compiled, 3 s a kernel
 def test_error_is_within_budget_on_random_cases(seed: int, target: Target, dtype: torch.dtype) -> None:
     case = random_window_case(seed, windows=2 if target.interpreted else 64)
-    try:
-        assert_case_within_budget(case, target, dtype, seed)
-    except AssertionError:
-        # One case in a hundred, in float32: a largest error is a matter of luck, eager's too, so more luck is drawn.
-        assert_case_within_budget(case, target, dtype, *range(seed, seed + 8000, 1000))
+    assert_case_within_budget(case, target, dtype, seed)
 
 
 def test_lse_is_the_logarithm_of_the_sum_of_exponentials(target: Target) -> None:
@@ -402,6 +406,7 @@ def test_cuda_graph_replay_equals_eager(target: Target, dtype: torch.dtype) -> N
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()  # compiles, and makes the index arrays
     torch.cuda.current_stream().wait_stream(side)
@@ -421,6 +426,8 @@ def test_cuda_graph_replay_equals_eager(target: Target, dtype: torch.dtype) -> N
 def test_compiled_into_cuda_graphs_equals_eager(target: Target) -> None:
     case = CASES["8x7x7 shifted"]
     torch._dynamo.reset()
+    for made in (boxes.cut, boxes.groups, boxes.bias_sums):
+        made.cache_clear()  # so that the index arrays are made inside
     function = lambda q, t: attention(case, target)(q, t) * 2  # noqa: E731
     compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
     for seed in range(4):  # the second call captures, the third replays

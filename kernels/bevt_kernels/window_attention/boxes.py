@@ -10,16 +10,19 @@ between any two of their tokens. So a kernel needs, for a shape, two arrays over
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Size3 = tuple[int, int, int]
+
+T = TypeVar("T")
 
 PAD = 128
 """The arrays of a shape are padded to a multiple of this many tokens, so that no tile reads past them."""
@@ -47,9 +50,25 @@ def segments(size: int, window: int, shift: int) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-@cache
+def kept(make: Callable[..., T]) -> functools._lru_cache_wrapper[T]:
+    """Cache for good: a CUDA graph may hold an array's address.
+
+    On a thread of its own, as the first call may be inside what prepares a CUDA graph (`torch.compile` with
+    mode="reduce-overhead"), where memory taken by the thread itself becomes the graph's.
+    """
+
+    @functools.cache
+    @functools.wraps(make)
+    def made(*args: Hashable) -> T:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make, *args).result()
+
+    return made
+
+
+@kept
 def cut(batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device) -> Cut:
-    """The boxes of `batch` clips of D x H x W tokens. Kept for good: a CUDA graph may hold its addresses."""
+    """The boxes of `batch` clips of D x H x W tokens."""
     _, height, width = grid
     table_strides = ((2 * table_window[1] - 1) * (2 * table_window[2] - 1), 2 * table_window[2] - 1, 1)
     by_shape: dict[Size3, list[int]] = {}
@@ -75,7 +94,7 @@ def cut(batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size
     return Cut(shapes, on_map.to(device), in_table.to(device), first_tokens.to(device), int(on_map.max()))
 
 
-@cache
+@kept
 def groups(
     batch: int, grid: Size3, window: Size3, shift: Size3, table_window: Size3, device: torch.device, size: int
 ) -> Tensor:
@@ -99,7 +118,7 @@ class BiasSums(NamedTuple):
     """Of all pieces, of one head."""
 
 
-@cache
+@kept
 def bias_sums(
     batch: int,
     grid: Size3,

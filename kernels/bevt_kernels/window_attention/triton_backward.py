@@ -304,8 +304,8 @@ def add_up_kernel(grad_bias, shapes, HEADS, TILE: tl.constexpr, BLOCK: tl.conste
     shape = shapes + tl.program_id(1) * 6
     pieces = tl.load(shape + 1)
     side = tl.load(shape + 2)
-    size = side * side * HEADS * TILE
-    first = tl.program_id(0) * BLOCK
+    size = side.to(tl.int64) * side * HEADS * TILE
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     if (pieces == 1) | (first >= size):
         return
     number = first + tl.arange(0, BLOCK)
@@ -365,17 +365,24 @@ def fold_kernel(
     tl.store(grad_table + row * HEADS + head, total, mask=offset < (2 * WD - 1) * plane)
 
 
+PROGRAMS = 512
+"""Of grad_bias_kernel, at least, where the boxes suffice: four for each multiprocessor of a large GPU, of which image
+windows of stage 4 would else fill 32. A constant, so that sums have one order on every GPU."""
+
+
 def table_gradient(problem: Problem, table_shape: torch.Size, tensors: tuple[Tensor, ...]) -> Tensor:
     """(L, h) float32. `tensors` are grad_out, qkv, the padded table and the statistics."""
     settings = problem.config("grad_bias")
     block, tiles = settings.block_q, triton.cdiv(problem.tokens, settings.block_q)
+    on_gpu = problem.qkv.is_cuda  # the interpreter pays by the program
+    most = len(problem.boxes.origins) * problem.heads * tiles**2 // (PROGRAMS if on_gpu else 1)
+    settings = settings._replace(group=min(settings.group, max(1, most)))
     sums = bias_sums(*problem.map, settings.group, block)
     grad_bias = torch.empty(sums.tiles * problem.heads * block**2, dtype=torch.float32, device=tensors[0].device)
     tensors = (*tensors, grad_bias, sums.starts)
     problem.launch(grad_bias_kernel, settings, tiles, tiles**2, tensors, BLOCK=block)
-    on_gpu = grad_bias.is_cuda  # the interpreter pays by the program
-    most, step = problem.heads * (tiles * block) ** 2, 1024 if on_gpu else 2**16
-    add_up_kernel[(triton.cdiv(most, step), len(sums.shapes))](
+    size, step = problem.heads * (tiles * block) ** 2, 1024 if on_gpu else 2**16
+    add_up_kernel[(triton.cdiv(size, step), len(sums.shapes))](
         grad_bias, sums.shapes, problem.heads, TILE=block**2, BLOCK=step
     )
     grad_table, rows = grad_bias.new_zeros(table_shape), 16 if on_gpu else 1024

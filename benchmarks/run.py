@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import memory, problems, rows, timing, verify
 from benchmarks.problems import Problem, Work
@@ -51,10 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.device in entry.batch and (name in args.case or not args.case) and args.group in (None, entry.group)
     ]
     if not cases:
-        print(f"no case of {args.op} for {args.device} is left by --case and --group", file=sys.stderr)
+        there = ", ".join(name for name, entry in entries.items() if args.device in entry.batch)
+        print(f"no case for {args.device} is left by --case and --group; there are: {there}", file=sys.stderr)
         return 2
     out = args.out or verify.ROOT / "benchmarks" / "results" / f"{args.op}.jsonl"
     environment = rows.environment(args.device)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()  # before the work, not after it
+    except OSError as error:
+        print(f"no rows can be written to --out {out}: {error}", file=sys.stderr)
+        return 2
     done: list[rows.Row] = []
     try:
         print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS), flush=True)
@@ -73,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS)
@@ -80,9 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", default=[], help="a case of benchmarks/registry.py; several are fine"
     )
     parser.add_argument("--group", help="a group of cases")
-    parser.add_argument("--impl", action="append", default=[], help="of our implementations, only these")
+    parser.add_argument(
+        "--impl", action="append", default=[], choices=IMPLEMENTATIONS, help="of our implementations, only these"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--threads", type=_positive, help="CPU threads of torch")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
     return parser

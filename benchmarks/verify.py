@@ -54,6 +54,8 @@ def green(pattern: str, device: str, seconds: float) -> str:
     folders = sorted({str(Path(path).parent) for path in paths})  # a green folder holds green files
     if stamp.exists() or _stamp(folders, device).exists():
         return f"tests: {' '.join(paths)} green on {device} (remembered)"
+    if not find_spec("pytest"):
+        raise GateClosed("the tests that come first need pytest: pip install pytest pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "-q", *paths]
     if device == "cpu":  # where Triton is only interpreted, for ten minutes, and nothing of it is timed
         command += ["-k", "not triton"]

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bevt_kernels import NoImplementation
 
 import bevt
 from bevt import tokenizers
-from bevt.config import Config, check, to_dict
+from bevt.config import Config, ConfigError, check, to_dict
 from bevt.data import DataError
 from bevt.data.batch import BadFile, Loader
 from bevt.data.build import build_loader, check_held_out
@@ -183,14 +184,20 @@ def _train(
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
-    """The model of a configuration with only the streams that it trains, on `device`."""
+    """The model of a configuration with only the streams that it trains, on `device`.
+
+    Raises ConfigError where an implementation that the configuration names cannot serve.
+    """
     streams: list[Stream] = []
     if config.train.clips:
         streams.append("clips")
     if config.train.images:
         streams.append("images")
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-    return BEVT(config.model, vocab_size, streams, device=device, dtype=dtype).to(device)
+    try:
+        return BEVT(config.model, vocab_size, streams, device=device, dtype=dtype).to(device)
+    except NoImplementation as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:

@@ -83,6 +83,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_tensors(**tensors: object) -> None:
+    """Raise ValueError, naming it, where an argument is no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, got layout {tensor.layout}: call to_dense() first")
+
+
 def require_same_device(**tensors: Tensor) -> None:
     """Raise ValueError, naming each tensor's device, where they are not all on one."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}

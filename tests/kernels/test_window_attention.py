@@ -251,6 +251,21 @@ def test_scores_far_above_a_querys_own_do_not_overflow(target: Target, dtype: to
     assert_within_budget(attention(case, target)(qkv, table), eager, oracle, "out")
 
 
+@pytest.mark.parametrize("what", ["far apart", "a token masked from itself"])
+def test_extreme_scores_stay_finite(target: Target, what: str) -> None:
+    case = WindowCase(1, (2, 6, 3), (2, 3, 3), (0, 1, 0), heads=2, head_dim=16)
+    qkv, table, _ = case.inputs(torch.float32, device=target.device)
+    if what == "far apart":
+        table *= 1e10
+    else:
+        table[len(table) // 2] = -math.inf
+    eager, oracle = (eager_window_attention(q, t, case) for q, t in ((qkv, table), (qkv.double(), table.double())))
+    has_partner = oracle.isfinite()  # the shift leaves some tokens alone with themselves
+    assert has_partner.any()
+    got = attention(case, target)(qkv, table)
+    assert_within_budget(got[has_partner], eager[has_partner], oracle[has_partner], "out")
+
+
 @pytest.mark.parametrize("target", [REFERENCE.param(), NATIVE.param()])
 def test_the_gradient_of_v_survives_far_off_scores(target: Target) -> None:
     case = WindowCase(8, (2, 6, 3), (2, 3, 3), (0, 1, 0), heads=2, head_dim=16)
@@ -470,6 +485,13 @@ GOOD = {"num_heads": 2, "window_size": (2, 2, 2), "shift": (0, 1, 0)}
         ({"bias_table": torch.zeros(27, 2, dtype=torch.float16)}, "bias_table must be torch.float32"),
         ({"bias_table": torch.zeros(27, 2, device="meta")}, "qkv on cpu, bias_table on meta"),
         ({"qkv": torch.zeros(1, 2, 4, 4, 48, dtype=torch.int64)}, "takes float32, bfloat16, float16 and float64"),
+        ({"qkv": [1.0]}, "qkv must be a tensor, got list"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 48).to_sparse()}, "qkv must be dense, got layout torch.sparse_coo"),
+        ({"num_heads": 2.0}, "num_heads must be a whole number, got 2.0"),
+        ({"window_size": 2}, "window_size must be three numbers"),
+        ({"window_size": (2, 2.5, 2)}, "window_size must be a whole number, got 2.5"),
+        ({"scale": math.nan}, "scale must be a finite number, got nan"),
+        ({"scale": torch.ones(())}, "scale must be a finite number, got tensor"),
         ({"impl": "fast"}, "impl must be auto, triton, native, reference; got 'fast'"),
     ],
 )

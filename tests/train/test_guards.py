@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import changed, figures, train_rows
 
-from bevt.config import Config
+from bevt.config import Config, ConfigError
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import checkpoint
 from bevt.train.loop import RunError, pretrain
@@ -122,3 +122,10 @@ def test_two_processes_in_one_folder(config: Config, tmp_path: Path) -> None:
                 pretrain(config, out, resume=resume, quiet=True)
     assert [path.name for path in out.iterdir()] == [".lock"]
     assert pretrain(config, out, quiet=True).finished
+
+
+def test_an_implementation_that_cannot_serve_is_a_mistake_of_the_configuration(config: Config, tmp_path: Path) -> None:
+    """Named with its reasons; the command prints such a mistake without a traceback."""
+    triton = changed(config, model={"attention_impl": "triton"}, train={"precision": "bfloat16"})
+    with pytest.raises(ConfigError, match="model: window_attention has no implementation for impl='triton'"):
+        pretrain(triton, tmp_path, quiet=True)

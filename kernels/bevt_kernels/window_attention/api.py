@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bevt_kernels.registration import require, require_same_device, statistics_dtype
+from bevt_kernels.registration import require, require_same_device, require_tensors, statistics_dtype
 from bevt_kernels.select import Spec, resolve
 from bevt_kernels.window_attention.autograd import forward
 
@@ -48,26 +49,44 @@ def window_attention(
         ValueError: a shape, dtype, device or number that does not fit. NoImplementation (a ValueError): `impl` cannot
             serve. NotImplementedError: a second derivative.
     """
-    window, shift = tuple(window_size), tuple(shift)
-    table_window = window if table_window is None else tuple(table_window)
+    window, shift = _three("window_size", window_size), _three("shift", shift)
+    table_window = window if table_window is None else _three("table_window", table_window)
+    num_heads = _whole("num_heads", num_heads)
     _check(qkv, bias_table, num_heads, window, shift, table_window)
     head_dim = qkv.shape[4] // (3 * num_heads)
-    needs_grad = torch.is_grad_enabled() and (qkv.requires_grad or bias_table.requires_grad)
-    spec = Spec(qkv.device.type, qkv.dtype, needs_grad, window, head_dim)  # type: ignore[arg-type]  # checked: 3 long
-    name = resolve("window_attention", impl, spec)
     scale = head_dim**-0.5 if scale is None else scale
+    require(isinstance(scale, (int, float)) and math.isfinite(scale), f"scale must be a finite number, got {scale!r}")
+    needs_grad = torch.is_grad_enabled() and (qkv.requires_grad or bias_table.requires_grad)
+    spec = Spec(qkv.device.type, qkv.dtype, needs_grad, window, head_dim)
+    name = resolve("window_attention", impl, spec)
     return forward(qkv, bias_table, num_heads, window, shift, table_window, scale, name)[0]
+
+
+def _whole(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
+
+
+def _three(name: str, numbers: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        depth, height, width = numbers
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be three numbers (time, height, width), got {numbers!r}") from None
+    return _whole(name, depth), _whole(name, height), _whole(name, width)
 
 
 def _check(
     qkv: Tensor,
     bias_table: Tensor,
     num_heads: int,
-    window: tuple[int, ...],
-    shift: tuple[int, ...],
-    table_window: tuple[int, ...],
+    window: tuple[int, int, int],
+    shift: tuple[int, int, int],
+    table_window: tuple[int, int, int],
 ) -> None:
     """Raise ValueError where the arguments do not fit together."""
+    require_tensors(qkv=qkv, bias_table=bias_table)
     require(qkv.dim() == 5, f"qkv must be (B, D, H, W, 3*C), got shape {tuple(qkv.shape)}")
     require(num_heads > 0, f"num_heads must be above 0, got {num_heads}")
     channels = qkv.shape[4]
@@ -75,8 +94,6 @@ def _check(
         channels > 0 and channels % (3 * num_heads) == 0,
         f"qkv's last axis must be a multiple of 3 * num_heads = {3 * num_heads}, got {channels}",
     )
-    for name, value in (("window_size", window), ("shift", shift), ("table_window", table_window)):
-        require(len(value) == 3, f"{name} must be three numbers (time, height, width), got {value}")
     for axis, size, w, s, t in zip("DHW", qkv.shape[1:4], window, shift, table_window):
         require(w > 0, f"window_size must be above 0 on each axis, got {window}")
         require(size > 0 and size % w == 0, f"{axis} = {size} is no multiple of the window's {w}: pad the map first")
@@ -93,6 +110,7 @@ def _check(
     expected = statistics_dtype(qkv.dtype)
     require(
         bias_table.dtype == expected,
-        f"bias_table must be {expected} for {qkv.dtype} qkv, got {bias_table.dtype}: keep the table out of .half()",
+        f"bias_table must be {expected} for {qkv.dtype} qkv, got {bias_table.dtype}"
+        + (": keep the table out of .half()" if bias_table.dtype.itemsize == 2 else ""),
     )
     require_same_device(qkv=qkv, bias_table=bias_table)

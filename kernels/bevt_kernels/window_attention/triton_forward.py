@@ -212,10 +212,11 @@ def forward_kernel(
             q, own, base, table, tokens, table_rows, query_rows, N, C, scale,
             HEAD_DIM, CHANNELS, BLOCK_Q, BLOCK_K, GROUP, False, EXACT,
         )  # fmt: skip
-        largest = tl.max(total[0])
-        for g in tl.static_range(1, GROUP):
-            largest = tl.maximum(largest, tl.max(total[g]))
-        if largest > ROOM:
+        out_of_room = 0  # also where a query's own score is -inf, or so large that two roundings of it differ
+        for g in tl.static_range(GROUP):
+            fits = (total[g] < ROOM) & (total[g] > 1 / ROOM) | (i >= N)
+            out_of_room += tl.sum((~fits).to(tl.int32))
+        if out_of_room > 0:
             anchor, total, acc = _walk(
                 q, lowest, base, table, tokens, table_rows, query_rows, N, C, scale,
                 HEAD_DIM, CHANNELS, BLOCK_Q, BLOCK_K, GROUP, True, EXACT,

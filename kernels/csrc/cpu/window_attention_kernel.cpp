@@ -453,15 +453,14 @@ Softmax exponentials(float* scores, int64_t columns) {
   for (int64_t n = kLanes; n < columns; n += kLanes) top = maximum(top, load(scores + n));
   float highest = top[0];
   for (int lane = 1; lane < kLanes; ++lane) highest = highest < top[lane] ? top[lane] : highest;
-  highest *= kLog2E;
   Vector sums = {};
 #pragma GCC unroll 2
   for (int64_t n = 0; n < columns; n += kLanes) {
-    const Vector x = exp2(load(scores + n) * kLog2E - highest);
+    const Vector x = exp2((load(scores + n) - highest) * kLog2E);  // exact however large, where a rounded top is not
     sums += x;
     store(scores + n, x);
   }
-  return {highest, sum(sums)};
+  return {highest * kLog2E, sum(sums)};
 }
 
 struct ForwardScratch {

@@ -60,14 +60,19 @@ def test_twenty_steps_have_the_losses_of_the_reference() -> None:
 def test_compiled_encoder_has_no_graph_break_and_the_same_gradients() -> None:
     """Traced whole, forward and backward; by aot_eager, since what inductor does to other ops is not the question."""
     torch._dynamo.reset()
-    results = {}
+    results: dict[str, dict[str, torch.Tensor]] = {}
     for name, model in models().items():
         if name == "native":
             model.encoder.compile(fullgraph=True, backend="aot_eager")
-        found = model(**inputs(next(model.parameters()).dtype))
-        (found["loss_clips"] + found["loss_images"]).backward()
-        grads = {key: p.grad for key, p in model.named_parameters()}
-        results[name] = {"loss_clips": found["loss_clips"].detach(), **grads}
+        draws = []
+        for seed in range(8):  # judged together: of a hundred small gradients some largest error is always bad luck
+            found = model(**inputs(next(model.parameters()).dtype, seed))
+            model.zero_grad()
+            (found["loss_clips"] + found["loss_images"]).backward()
+            missing = [key for key, p in model.named_parameters() if p.grad is None]
+            assert not missing, f"no gradient: {missing}"
+            grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+            draws.append({"loss_clips": found["loss_clips"].detach(), **grads})
+        results[name] = {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]}
     for key, got in results["native"].items():
-        assert got is not None, f"{key} has no gradient"
         assert_within_budget(got, results["reference"][key], results["oracle"][key], key)

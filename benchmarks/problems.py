@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ class Work:
     """Each input read once, each output written once."""
 
 
-class Problem:
+class Problem(ABC):
     """What the problems share."""
 
     leaves: Leaves
@@ -71,21 +72,20 @@ class Problem:
         leaves = {k: leaf.detach() if frozen and k == self.frozen else leaf for k, leaf in self.leaves.items()}
         return _step(self.contestants[name].forward, leaves, self.grad, mark)
 
+    @abstractmethod
     def truth(self) -> tuple[Leaves, Leaves]:
         """What `step` should return, in float64, and what plain PyTorch makes of it in this dtype."""
-        raise NotImplementedError
 
     def judged(self, results: Leaves) -> Leaves:
         """Results as the error rule is applied to them."""
         return results
 
+    @abstractmethod
     def work(self) -> dict[str, Work]:
         """By quantity."""
-        raise NotImplementedError
 
 
-def _impls(device: str, dtype: torch.dtype, window: tuple[int, int, int], head_dim: int) -> dict[str, list[str]]:
-    spec = Spec(device, dtype, True, window, head_dim)
+def _impls(spec: Spec) -> dict[str, list[str]]:
     return {impl: select.reasons("window_attention", impl, spec) for impl in select.IMPLEMENTATIONS}
 
 
@@ -104,10 +104,7 @@ class WindowAttention(Problem):
         qkv, table, self.grad = case.inputs(self.dtype, device=device)
         self.leaves = {"qkv": _leaf(qkv), "bias_table": _leaf(table)}
         spec = Spec(device, self.dtype, True, case.window, case.head_dim)
-        self.contestants = {
-            impl: Contestant(self._ours(impl), reasons, True)
-            for impl, reasons in _impls(device, self.dtype, case.window, case.head_dim).items()
-        }
+        self.contestants = {impl: Contestant(self._ours(impl), reasons, True) for impl, reasons in _impls(spec).items()}
         for name, baseline in baselines.WINDOW_ATTENTION.items():
             forward = self._rival(baseline.function)
             self.contestants[name] = Contestant(forward, baseline.reasons(spec), False, baseline.package)
@@ -162,9 +159,9 @@ class VideoSwinStep(Problem):
         grid = (case.frames // 2, case.side // 32, case.side // 32)
         self.grad = torch.randn(case.batch, *grid, 8 * self.config.embed_dim).to(device)
         head_dim = self.config.embed_dim // self.config.num_heads[0]
+        spec = Spec(device, self.dtype, True, self.config.window_size, head_dim)
         self.contestants = {
-            impl: Contestant(self._forward(impl), reasons, True)
-            for impl, reasons in _impls(device, self.dtype, self.config.window_size, head_dim).items()
+            impl: Contestant(self._forward(impl), reasons, True) for impl, reasons in _impls(spec).items()
         }
         self.contestants["eager"] = Contestant(self._forward("reference", baselines.eager), [], False, "torch")
 

@@ -21,20 +21,19 @@ from dataclasses import replace
 from multiprocessing.pool import Pool
 
 import torch
-from bevt_kernels.testing import WindowCase, assert_within_budget, eager_window_attention
+from bevt_kernels.testing import WindowCase, assert_within_budget
 from bevt_kernels.window_attention import configs, triton_backward, triton_forward
 from bevt_kernels.window_attention.configs import KERNELS, Config
 
 from benchmarks import timing
-from benchmarks.registry import OPS
+from benchmarks.problems import WindowAttention
+from benchmarks.registry import DTYPES, OPS
 
 CASES = {
     case: OPS["window_attention"].cases[case]
     for case in ("swin-b video stage 1 shifted", "swin-b image stage 1 shifted", "784 tokens stage 1")
 }
 """One case a class."""
-
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def candidates(kernel: str, shipped: Config) -> list[Config]:
@@ -50,9 +49,9 @@ def candidates(kernel: str, shipped: Config) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def step(case: WindowCase, inputs: Inputs, kernel: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+def step(case: WindowCase, device: str, kernel: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     """The op's forward, or its backward alone, whichever `kernel` belongs to."""
-    qkv, table, grad = inputs
+    qkv, table, grad = case.inputs(DTYPES[device], device=device)
     static = (case.heads, case.window, case.shift, case.table, case.scale)
     if kernel == "forward":
         return lambda: triton_forward.forward(qkv, table, *static)
@@ -60,32 +59,23 @@ def step(case: WindowCase, inputs: Inputs, kernel: str) -> Callable[[], tuple[to
     return lambda: triton_backward.backward(grad, qkv, table, out, lse, *static, True)
 
 
-def judge(case: WindowCase, dtype: torch.dtype, device: str, kernel: str, sizes: Config) -> str:
+def judge(case: WindowCase, device: str, kernel: str, sizes: Config) -> str:
     """Why `sizes` cannot be taken, or nothing: it does not run, or breaks the error rule on one clip."""
     case = replace(case, batch=1)
-    inputs = case.inputs(dtype, device=device)
-
-    def eager(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        qkv, table = inputs[0].detach().requires_grad_(), inputs[1].detach().requires_grad_()
-        out = eager_window_attention(qkv, table, case)
-        return out.detach(), *torch.autograd.grad(out, (qkv, table), inputs[2])
-
     try:
         with configs.forced(kernel, sizes):
-            got = step(case, inputs, kernel)()
-        names = ("out",) if kernel == "forward" else ("grad qkv", "grad bias_table")
-        found, oracle = eager(*inputs), eager(*(x.double() for x in inputs))
-        first = 0 if kernel == "forward" else 1
-        for name, a, b, c in zip(names, got, found[first:], oracle[first:]):
-            assert_within_budget(a, b, c, name)
+            got = step(case, device, kernel)()
+        oracle, eager = WindowAttention(case, device).truth()  # of the same inputs
+        for name, result in zip(("out",) if kernel == "forward" else ("grad qkv", "grad bias_table"), got):
+            assert_within_budget(result, eager[name], oracle[name], name)
     except Exception as error:  # of many kinds: out of shared memory, a compiler's, a wrong result
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
 
 
-def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], device: str, rounds: int) -> list[float]:
+def times(case: WindowCase, device: str, kernel: str, sizes: list[Config], rounds: int) -> list[float]:
     """Median milliseconds of each of `sizes`, run in turns."""
-    run = step(case, inputs, kernel)
+    run = step(case, device, kernel)
 
     def with_sizes(these: Config) -> timing.Step:
         def timed(mark: timing.Mark) -> None:
@@ -101,18 +91,18 @@ def times(case: WindowCase, inputs: Inputs, kernel: str, sizes: list[Config], de
 
 
 def tune(
-    case: WindowCase, dtype: torch.dtype, device: str, kernel: str, found: list[Config], pool: Pool | None, rounds: int
+    case: WindowCase, device: str, kernel: str, found: list[Config], pool: Pool | None, rounds: int
 ) -> tuple[Config, list[tuple[Config, float | str]]]:
     """The best of `found`, whose first is the shipped one, and the time of each or why it was dropped.
 
     They are compiled and judged by the processes of `pool`, or without one here.
     """
-    jobs = [(case, dtype, device, kernel, sizes) for sizes in found]
+    jobs = [(case, device, kernel, sizes) for sizes in found]
     reasons = pool.starmap(judge, jobs, chunksize=1) if pool else list(itertools.starmap(judge, jobs))
     able = [sizes for sizes, reason in zip(found, reasons) if not reason]
     if not able:
         raise RuntimeError(f"{kernel}: no sizes run; the shipped ones: {reasons[0]}")
-    milliseconds = dict(zip(able, times(case, case.inputs(dtype, device=device), kernel, able, device, rounds)))
+    milliseconds = dict(zip(able, times(case, device, kernel, able, rounds)))
     report = [(sizes, milliseconds.get(sizes, reason)) for sizes, reason in zip(found, reasons)]
     return min(able, key=milliseconds.__getitem__), report
 
@@ -130,7 +120,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA GPU: torch sees none", file=sys.stderr)
         return 2
-    architecture, dtype = configs.architecture(torch.device("cuda")), torch.bfloat16
+    architecture, dtype = configs.architecture(torch.device("cuda")), DTYPES["cuda"]
     tuned = json.loads(configs.PATH.read_text()) if configs.PATH.is_file() else {}
     end = time.monotonic() + arguments.time_limit
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
@@ -143,7 +133,7 @@ def main() -> int:
             tokens = math.prod(case.window)
             shape = configs.shape_class(dtype, case.head_dim, tokens)
             shipped = configs.config(kernel, dtype, case.head_dim, tokens, architecture)
-            best, report = tune(case, dtype, "cuda", kernel, candidates(kernel, shipped), pool, arguments.rounds)
+            best, report = tune(case, "cuda", kernel, candidates(kernel, shipped), pool, arguments.rounds)
             for sizes, outcome in report:
                 shown = outcome if isinstance(outcome, str) else f"{outcome:.3f} ms"
                 print(f"{name}, {kernel}: {'*' if sizes == best else ' '} {tuple(sizes)} {shown}", flush=True)

@@ -56,15 +56,14 @@ def green(pattern: str, device: str, seconds: float) -> str:
         return f"tests: {' '.join(paths)} green on {device} (remembered)"
     if not find_spec("pytest"):
         raise GateClosed("the tests that come first need pytest: pip install pytest pytest-benchmark")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "-q", *paths]
     if device == "cpu":  # where Triton is only interpreted, for ten minutes, and nothing of it is timed
         command += ["-k", "not triton"]
     elif find_spec("xdist"):  # most of their time is compilation
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    if "-n" in command:  # threads that wait for each other's turn on a core take ten times as long
-        environment["OMP_NUM_THREADS"] = "1"
+        environment["OMP_NUM_THREADS"] = "1"  # threads that wait for each other's turn on a core take ten times as long
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -78,7 +77,7 @@ def green(pattern: str, device: str, seconds: float) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        so_far = (error.output or b"").decode(errors="replace")
+        so_far = (error.output or b"").decode(errors="replace")  # bytes, whatever `text` says
         raise GateClosed(f"{' '.join(paths)} took over {seconds:.0f} s: run them alone\n{so_far[-4000:]}") from None
     if done.returncode:
         raise GateClosed(f"{' '.join(paths)} is not green, so nothing is timed:\n{done.stdout[-4000:]}")

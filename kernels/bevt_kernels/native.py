@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bevt_kernels.select import NoImplementation, Spec
+from bevt_kernels.select import NoImplementation, Spec, float32_reasons
 
 PATH = Path(__file__).with_name("_native.so")
 BUILD = "BEVT_NATIVE=ON pip install --no-build-isolation -e ."
@@ -53,9 +53,7 @@ def reasons(spec: Spec) -> list[str]:
     found = [] if _loaded else [f"native library: {_status}"]
     if spec.device != "cpu":
         found.append(f"serves the CPU, not {spec.device}")
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        found.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
-    return found
+    return found + float32_reasons(spec)
 
 
 def require(op: str) -> None:

@@ -112,13 +112,19 @@ def triton_reasons(spec: Spec) -> list[str]:
         reasons.append("serves CUDA; on the CPU only Triton's interpreter, with TRITON_INTERPRET=1 set from the start")
     elif spec.device == "cuda":
         reasons += _gpu_reasons()
-    elif spec.device not in ("cpu", "cuda"):
+    elif spec.device != "cpu":
         reasons.append(f"serves CUDA, not {spec.device}")
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"takes float32, bfloat16 and float16, not {spec.dtype}")
+    reasons += float32_reasons(spec)
     if interpreted and spec.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter gets matrix products of bfloat16 wrong")
     return reasons
+
+
+def float32_reasons(spec: Spec) -> list[str]:
+    """Of kernels whose arithmetic is float32: the dtype."""
+    if spec.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return []
+    return [f"takes float32, bfloat16 and float16, not {spec.dtype}"]
 
 
 def float_reasons(spec: Spec) -> list[str]:

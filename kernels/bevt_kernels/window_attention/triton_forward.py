@@ -7,8 +7,8 @@ For each tile of keys it looks the bias up once, in registers, and uses it for e
 
 for any a_i. A running maximum would cost two instructions a score and a rescaling. Here a_i = x_ii, a query's score
 with its own key, known beforehand: the sum is at least 1, so nothing is lost below, and above there is room up to a
-score of 96 more than a_i (67 in units of e), less log2 N. A tile in which some sum exceeds 2^96 is computed again with
-the running maximum. float16 probabilities have no such room and always take the maximum.
+score of 96 more than a_i (67 in units of e), less log2 N. A tile in which some sum is not between 2^-96 and
+2^96 is computed again with the running maximum. float16 probabilities have no such room and always take the maximum.
 
 EXACT, for float32, works with scores as they are: over log 2 they are larger and their rounding is coarser.
 
@@ -266,10 +266,6 @@ class Problem:
         assert PAD % sizes.block_q == PAD % sizes.block_k == 0, f"{kernel}: a tile of {sizes} reads past its arrays"
         return sizes
 
-    def groups(self, settings: Config) -> Tensor:
-        """The boxes in groups, as of `boxes.groups`."""
-        return groups(*self.map, settings.group)
-
     def launch(
         self,
         kernel: triton.JITFunction,
@@ -280,7 +276,7 @@ class Problem:
         **static: int,
     ) -> None:
         """`programs` of `kernel` for each head and group."""
-        rows, boxes = self.groups(settings), self.boxes
+        rows, boxes = groups(*self.map, settings.group), self.boxes
         channels = max(16, triton.next_power_of_2(self.head_dim))  # tl.dot takes no fewer
         counts = self.heads, self.clip, len(self.qkv) * self.clip, table_size(self.table_window), tiles
         if len(rows):

@@ -1,9 +1,19 @@
 """Machine code of the Triton kernels, counted without a GPU: `python -m benchmarks.aot`.
 
-Compiles the window attention kernels ahead of time for (8, 7, 7) windows, heads of 32 channels and bfloat16, with the
-sizes that ship for each architecture, and counts the instructions of the loop over tiles. A score is one query-key pair
-of a thread's share of the tiles, padding included: each has exactly one exponential, by which the loop is recognised.
-Compares with the committed counts (`results/aot.json`, for one version of Triton); `--write` replaces them.
+Compiles each kernel of ENTRIES ahead of time with the sizes that ship for each architecture, and counts the
+instructions of its main loop for each unit of work that a thread does there, padding included:
+
+- window attention for (8, 7, 7) windows, heads of 32 channels and bfloat16. A unit is a score, a query-key pair: each
+  has exactly one exponential, by which the loop over tiles is known.
+- linear_argmax of 2048 channels and 8192 classes. A unit is a logit: each has exactly one comparison that NaN never
+  passes. The loop over tiles of classes is counted without the product's loop over channels inside it.
+- masked_linear_cross_entropy's loss kernel for 8192 classes, gradients included. A unit is a logit, with one
+  exponential; the loop is over rows. Its search for a tie, which one row in ten takes, counts as if all did.
+
+To add a kernel, write a function from an architecture to an Entry and name it in ENTRIES; for one without a product, an
+instruction that occurs once a unit (MUFU.EX2, the exponential) is all it takes. TARGETS are for what must hold
+whatever was counted before. Compares with the committed counts (`results/aot.json`, for one version of Triton);
+`--write` replaces them.
 """
 
 from __future__ import annotations
@@ -15,13 +25,17 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from bevt_kernels.linear_argmax import triton_forward as argmax
+from bevt_kernels.masked_linear_cross_entropy import triton_forward as cross_entropy
 from bevt_kernels.window_attention import triton_backward, triton_forward
-from bevt_kernels.window_attention.configs import KERNELS, Config, config
+from bevt_kernels.window_attention.configs import KERNELS, config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -29,32 +43,100 @@ PATH = Path(__file__).parent / "results" / "aot.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory a program may take (CUDA programming guide, compute capabilities)."""
-TARGETS = {"forward": {"instructions": 9.5, "global_loads": 0.5}}
-"""Most a score, on every architecture, with the version of Triton that the committed counts are of."""
+TARGETS: dict[str, dict[str, float]] = {
+    "window_attention forward": {"instructions": 9.5, "global_loads": 0.5},
+    "linear_argmax bf16": {"spills": 0, "stack": 0},
+    "linear_argmax fp16": {"spills": 0, "stack": 0},
+    "masked_linear_cross_entropy bf16": {"spills": 0, "stack": 0, "global_loads": 0.5},
+    "masked_linear_cross_entropy fp16": {"spills": 0, "stack": 0, "global_loads": 0.5},
+}
+"""Most a unit, on every architecture, with the version of Triton that the committed counts are of."""
 SLACK = 1.02
 """A count may exceed the committed one by this factor."""
 
-HEAD_DIM, TOKENS, DTYPE = 32, 8 * 7 * 7, torch.bfloat16
-FUNCTIONS = {
-    "forward": triton_forward.forward_kernel,
-    "grad_q": triton_backward.grad_q_kernel,
-    "grad_kv": triton_backward.grad_kv_kernel,
-    "grad_bias": triton_backward.grad_bias_kernel,
+
+class Entry(NamedTuple):
+    """A kernel as one architecture gets it."""
+
+    function: triton.JITFunction
+    types: dict[str, str]
+    """Of the arguments that are not i32, as in Triton's signatures: "*bf16", "fp32"."""
+    static: dict[str, int]
+    """Compile-time arguments."""
+    sizes: dict[str, int]
+    """Written beside the count; `warps` and `stages` of them are the compiler's."""
+    units: int
+    """Of work in one turn of the main loop, by all threads together."""
+    mark: str
+    """An instruction, as `mnemonics` names it, that the main loop holds exactly once for each unit of a thread."""
+    aligned: tuple[str, ...] = ()
+    """Whole numbers that are multiples of 16, beside all pointers."""
+
+
+def window_attention(kernel: str, architecture: str) -> Entry:
+    """For (8, 7, 7) windows, heads of 32 channels and bfloat16."""
+    functions = {
+        "forward": triton_forward.forward_kernel,
+        "grad_q": triton_backward.grad_q_kernel,
+        "grad_kv": triton_backward.grad_kv_kernel,
+        "grad_bias": triton_backward.grad_bias_kernel,
+    }
+    halves, floats = ("qkv", "out", "grad_out", "grad_qkv"), ("table", "lse", "statistics", "grad_bias")
+    wholes = ("starts", "groups", "origins", "tokens", "table_rows")
+    types = {**dict.fromkeys(halves, "*bf16"), **dict.fromkeys(floats, "*fp32"), **dict.fromkeys(wholes, "*i32")}
+    sizes = config(kernel, torch.bfloat16, 32, 8 * 7 * 7, architecture)
+    static: dict[str, int] = {"HEAD_DIM": 32, "CHANNELS": 32, "EXACT": False}
+    units = sizes.block_q * sizes.block_k
+    if kernel == "grad_bias":
+        static |= {"BLOCK": sizes.block_q}
+    else:
+        static |= {"BLOCK_Q": sizes.block_q, "BLOCK_K": sizes.block_k, "GROUP": sizes.group}
+        units *= sizes.group
+    if kernel == "forward":
+        static |= {"ONLINE": False}
+    return Entry(functions[kernel], {**types, "scale": "fp32"}, static, sizes._asdict(), units, "MUFU.EX2")
+
+
+def linear_argmax(dtype: torch.dtype, architecture: str) -> Entry:
+    """For 2048 channels: what matters of the problem is that they are a multiple of the block."""
+    sizes = argmax.config(dtype, architecture)
+    half = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    types = {**dict.fromkeys(("x", "weight", "bias"), half), "values": "*fp32", "codes": "*i64"}
+    static: dict[str, int] = {"BLOCK_M": sizes.block_m, "BLOCK_V": sizes.block_v, "BLOCK_C": sizes.block_c}
+    units = sizes.block_m * sizes.block_v
+    return Entry(
+        argmax.argmax_kernel, types, {**static, "EVEN": True}, sizes._asdict(), units, "FSETP.GTU.AND", aligned=("C",)
+    )
+
+
+def masked_linear_cross_entropy(dtype: torch.dtype, architecture: str) -> Entry:
+    """The loss kernel for 8192 classes, in a chunk after the first."""
+    half = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    floats, wholes = ("bias", "losses", "correct", "column_sums"), ("targets", "index")
+    types = {"logits": half, **dict.fromkeys(floats, "*fp32"), **dict.fromkeys(wholes, "*i64")}
+    static = {"BLOCK_V": 8192, "FULL": True, "EXACT": False, "GRAD": True, "SUMS": True, "FIRST": False}
+    sizes = {"block_v": 8192, "warps": cross_entropy.warps(8192), "stages": cross_entropy.STAGES}
+    return Entry(cross_entropy.loss_kernel, types, static, sizes, 8192, "MUFU.EX2", aligned=("V",))
+
+
+ENTRIES: dict[str, Callable[[str], Entry]] = {
+    **{f"window_attention {kernel}": partial(window_attention, kernel) for kernel in KERNELS},
+    "linear_argmax bf16": partial(linear_argmax, torch.bfloat16),
+    "linear_argmax fp16": partial(linear_argmax, torch.float16),
+    "masked_linear_cross_entropy bf16": partial(masked_linear_cross_entropy, torch.bfloat16),
+    "masked_linear_cross_entropy fp16": partial(masked_linear_cross_entropy, torch.float16),
 }
-_HALF = ("qkv", "out", "grad_out", "grad_qkv")
-_FLOAT = ("table", "lse", "statistics", "grad_bias")
-_INT = ("starts", "groups", "origins", "tokens", "table_rows")
 
 
 class Count(NamedTuple):
-    """Of one kernel's loop, but registers, stack and shared memory, which are of the whole kernel."""
+    """Of one kernel's main loop, but registers, stack and shared memory, which are of the whole kernel."""
 
     instructions: float
-    """A score, spills included."""
+    """A unit, spills included; without those of the loop within that holds the matrix product, if there is one."""
     spills: float
-    """Loads and stores of local memory a score."""
+    """Loads and stores of local memory a unit, the product's loop included."""
     global_loads: float
-    """Global loads a score, 4 to 16 bytes each."""
+    """Global loads a unit, 4 to 16 bytes each; the product's loop left out."""
     atomics: int
     registers: int
     """A thread."""
@@ -64,21 +146,17 @@ class Count(NamedTuple):
     """Bytes a program."""
 
 
-def compile_kernel(kernel: str, sizes: Config, architecture: str) -> CompiledKernel:
+def compile_entry(entry: Entry, architecture: str) -> CompiledKernel:
     """Ahead of time, for pointers aligned to 16 bytes as tensors are."""
-    function = FUNCTIONS[kernel]
-    static: dict[str, int] = {"HEAD_DIM": HEAD_DIM, "CHANNELS": HEAD_DIM}
-    if kernel == "grad_bias":
-        static |= {"BLOCK": sizes.block_q}
-    else:
-        static |= {"BLOCK_Q": sizes.block_q, "BLOCK_K": sizes.block_k, "GROUP": sizes.group}
-    static |= {"ONLINE": False, "EXACT": False} if kernel == "forward" else {"EXACT": False}
-    kinds = {**dict.fromkeys(_HALF, "*bf16"), **dict.fromkeys(_FLOAT, "*fp32"), **dict.fromkeys(_INT, "*i32")}
-    kinds |= {"scale": "fp32", **dict.fromkeys(static, "constexpr")}
-    signature = {name: kinds.get(name, "i32") for name in function.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=function, signature=signature, constexprs=static, attrs=aligned)
-    options = {"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True}
+    types = {**entry.types, **dict.fromkeys(entry.static, "constexpr")}
+    signature = {name: types.get(name, "i32") for name in entry.function.arg_names}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in entry.aligned
+    }
+    source = ASTSource(fn=entry.function, signature=signature, constexprs=entry.static, attrs=aligned)
+    options = {"num_warps": entry.sizes["warps"], "num_stages": entry.sizes["stages"], "enable_fp_fusion": True}
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     return triton.compile(source, target=target, options=options)
 
@@ -99,8 +177,8 @@ def disassemble(compiled: CompiledKernel) -> tuple[str, int, int]:
     return text, int(found[1]), int(found[2])
 
 
-def loops(text: str) -> list[list[str]]:
-    """The instructions of each loop: from a label to the branch back to it."""
+def loops(text: str) -> tuple[list[str], list[range]]:
+    """The instructions, and where each loop lies: from a label to the branch back to it. Inner loops come first."""
     code: list[str] = []
     labels: dict[str, int] = {}
     found = []
@@ -111,38 +189,49 @@ def loops(text: str) -> list[list[str]]:
             code.append(instruction[1].strip())
             back = re.search(r"BRA.*?`\((\.L_x_\d+)\)", code[-1])
             if back and back[1] in labels:
-                found.append(code[labels[back[1]] :])
-    return found
+                found.append(range(labels[back[1]], len(code)))
+    return code, found
 
 
-def mnemonics(loop: list[str]) -> Counter[str]:
+def mnemonics(code: list[str]) -> Counter[str]:
     """How often each instruction occurs; its modifiers are kept after the first dot."""
-    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in loop)
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in code)
 
 
-def count(kernel: str, sizes: Config, architecture: str) -> Count:
-    """Raises RuntimeError where no loop has one exponential a score: then the counting is wrong."""
-    compiled = compile_kernel(kernel, sizes, architecture)
+def main_loop(text: str, mark: str, marks: int) -> tuple[Counter[str], Counter[str]] | None:
+    """The loop in which `mark` occurs `marks` times, and of it the loop within that holds the matrix product."""
+    code, found = loops(text)
+    for loop in found:
+        whole = mnemonics(code[loop.start : loop.stop])
+        if whole[mark] == marks:
+            inside = [code[at.start : at.stop] for at in found if loop.start < at.start and at.stop < loop.stop]
+            products = [each for each in inside if any("MMA" in mnemonic for mnemonic in mnemonics(each))]
+            return whole, mnemonics(max(products, key=len, default=[]))
+    return None
+
+
+def count(entry: Entry, architecture: str) -> Count:
+    """Raises RuntimeError where no loop has one mark a unit: then the counting is wrong."""
+    compiled = compile_entry(entry, architecture)
     text, registers, stack = disassemble(compiled)
-    boxes = 1 if kernel == "grad_bias" else sizes.group
-    scores = sizes.block_q * sizes.block_k * boxes // (32 * sizes.warps)
-    for loop in loops(text):
-        found = mnemonics(loop)
+    units = entry.units // (32 * entry.sizes["warps"])
+    found = main_loop(text, entry.mark, units)
+    if found is None:
+        raise RuntimeError(f"{entry.function.__name__} for {architecture}: no loop holds {entry.mark} {units} times")
+    whole, product = found
 
-        def named(*names: str, found: Counter[str] = found) -> int:
-            return sum(n for mnemonic, n in found.items() if mnemonic.split(".")[0] in names)
+    def named(counter: Counter[str], *names: str) -> int:
+        return sum(n for mnemonic, n in counter.items() if mnemonic.split(".")[0] in names)
 
-        if found["MUFU.EX2"] == scores and any("MMA" in mnemonic for mnemonic in found):
-            return Count(
-                round(len(loop) / scores, 2),
-                round(named("LDL", "STL") / scores, 2),
-                round(named("LDG", "LDGSTS") / scores, 2),
-                named("ATOM", "ATOMG", "RED", "REDG"),
-                registers,
-                stack,
-                compiled.metadata.shared,
-            )
-    raise RuntimeError(f"{kernel} for {architecture}: no loop with {scores} exponentials and a matrix product")
+    return Count(
+        round((whole - product).total() / units, 2),
+        round(named(whole, "LDL", "STL") / units, 2),
+        round(named(whole - product, "LDG", "LDGSTS") / units, 2),
+        named(whole, "ATOM", "ATOMG", "RED", "REDG"),
+        registers,
+        stack,
+        compiled.metadata.shared,
+    )
 
 
 def main() -> int:
@@ -156,14 +245,14 @@ def main() -> int:
         print(f"triton {triton.__version__}; the committed counts are of {committed['triton']}: not judged")
     result: dict = {"triton": triton.__version__}
     failures = []
-    print(f"{'':16}{'instructions':>13}{'spills':>8}{'global loads':>14}{'registers':>11}{'stack':>7}{'shared':>8}")
+    print(f"{'':43}{'instructions':>13}{'spills':>8}{'global loads':>14}{'registers':>11}{'stack':>7}{'shared':>8}")
     for architecture in ARCHITECTURES:
-        for kernel in KERNELS:
-            sizes = config(kernel, DTYPE, HEAD_DIM, TOKENS, architecture)
-            got = count(kernel, sizes, architecture)
-            result.setdefault(architecture, {})[kernel] = {**sizes._asdict(), **got._asdict()}
+        for kernel, entry_for in ENTRIES.items():
+            entry = entry_for(architecture)
+            got = count(entry, architecture)
+            result.setdefault(architecture, {})[kernel] = {**entry.sizes, **got._asdict()}
             print(
-                f"{architecture:7}{kernel:9}{got.instructions:13.2f}{got.spills:8.2f}{got.global_loads:14.2f}"
+                f"{architecture:7}{kernel:36}{got.instructions:13.2f}{got.spills:8.2f}{got.global_loads:14.2f}"
                 f"{got.registers:11}{got.stack:7}{got.shared:8}",
                 flush=True,
             )

@@ -9,14 +9,12 @@ import functools
 
 import pytest
 import torch
-from bevt_kernels.baselines import WINDOW_ATTENTION
-from bevt_kernels.select import IMPLEMENTATIONS
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import problems, verify
 from benchmarks.registry import OPS
 
-CASES = [(op, case) for op in OPS for case in OPS[op].cases]
+CASES = [(op, case, name) for op in OPS for case in OPS[op].cases for name in problems.KINDS[op].names]
 
 
 @functools.lru_cache(maxsize=1)
@@ -25,15 +23,12 @@ def _problem(op: str, case: str, device: str) -> problems.Problem:
     return problems.build(op, case, device)
 
 
-@pytest.mark.parametrize("contestant", [*IMPLEMENTATIONS, *WINDOW_ATTENTION])
-@pytest.mark.parametrize(("op", "case"), CASES, ids=[case for _, case in CASES])
-def test_forward_and_backward(benchmark: BenchmarkFixture, op: str, case: str, contestant: str, device: str) -> None:
+@pytest.mark.parametrize(("op", "case", "contestant"), CASES, ids=map("-".join, CASES))
+def test_step(benchmark: BenchmarkFixture, op: str, case: str, contestant: str, device: str) -> None:
     """Verified on the inputs that are timed, then timed."""
     if device not in OPS[op].cases[case].batch:
         pytest.skip(f"{case} is not measured on {device}")
     problem = _problem(op, case, device)
-    if contestant not in problem.contestants:
-        pytest.skip(f"{contestant} is no contestant of {op}")
     if reasons := problem.contestants[contestant].reasons:
         pytest.skip(f"{contestant} cannot run: {'; '.join(reasons)}")
     good, wrong = verify.contestants(problem, [contestant])

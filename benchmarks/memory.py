@@ -1,4 +1,4 @@
-"""Peak memory of a step above its inputs, constants that a module keeps not counted; output and gradients are.
+"""Peak memory of a step above its inputs, constants that a module keeps not counted; outputs and gradients are.
 
 On CUDA it is the allocator's own count. On a CPU it is what the operating system saw: a process of its own runs the
 step twice, with a malloc that gives back every block of 64 KiB and more at once, resets its high-water mark before the
@@ -14,17 +14,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.problems import Problem, build
+from benchmarks.problems import Leaves, Problem, build
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
 
-def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> tuple[int, int] | None:
-    """Bytes at the peak of the forward, and of forward and backward; None where the system does not tell."""
+class Peaks(NamedTuple):
+    """Bytes above the inputs."""
+
+    forward: int
+    """At the peak of the forward pass."""
+    both: int
+    """At the peak of forward and backward."""
+    results: int
+    """Of outputs and gradients, which are part of the last peak; the rest of it is scratch."""
+
+
+def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> Peaks | None:
+    """None where the system does not tell."""
     if problem.device == "cuda":
         return _cuda(lambda mark: problem.step(name, False, mark))
     if not (STATUS.exists() and os.access(RESET, os.W_OK)):
@@ -40,17 +52,20 @@ def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> tupl
     if done.returncode:
         print(f"  peak memory of {name} is not known: its process ended with code {done.returncode}", file=sys.stderr)
         return None
-    forward, total = json.loads(done.stdout.splitlines()[-1])
-    return forward, total
+    return Peaks(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _cuda(step: Callable[[Callable[[], None]], object]) -> tuple[int, int]:
+def _bytes(results: Leaves) -> int:
+    return sum(x.nbytes for x in results.values())
+
+
+def _cuda(step: Callable[[Callable[[], None]], Leaves]) -> Peaks:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     marks: list[int] = []
-    step(lambda: marks.append(torch.cuda.max_memory_allocated()))
-    return marks[0] - before, torch.cuda.max_memory_allocated() - before
+    results = step(lambda: marks.append(torch.cuda.max_memory_allocated()))
+    return Peaks(marks[0] - before, torch.cuda.max_memory_allocated() - before, _bytes(results))
 
 
 def _resident(key: str) -> int:
@@ -66,8 +81,8 @@ def _child(op: str, case: str, name: str) -> None:
     RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
     before = _resident("VmRSS")
     marks: list[int] = []
-    step(lambda: marks.append(_resident("VmHWM")))
-    print(json.dumps([marks[0] - before, _resident("VmHWM") - before]))
+    results = step(lambda: marks.append(_resident("VmHWM")))
+    print(json.dumps([marks[0] - before, _resident("VmHWM") - before, _bytes(results)]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from bevt_kernels.testing import WindowCase
+from bevt_kernels.testing import ArgmaxCase, LossCase, WindowCase
 
 from bevt.config import Size
 
@@ -16,8 +16,8 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """Of activations, by device."""
 
 QUANTITIES = ("forward", "backward", "forward+backward", "forward+backward, frozen table")
-"""The first three are parts of one training step: forward is a training forward. The last is for implementations only,
-and shows what the table's gradient costs them."""
+"""The first three are parts of one training step: forward is a training forward, or all that there is. The last is for
+implementations only, and shows what the table's gradient costs them."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,39 @@ class StepCase:
 
 
 @dataclass(frozen=True)
+class HeadCase:
+    """Decoder, last norm, head and loss of the clips' stream, from the encoder's last two maps; the joint masks."""
+
+    batch: int
+    size: Size
+    classes: int = 8192
+
+
+@dataclass(frozen=True)
+class PretrainCase:
+    """A joint micro-batch, tokenizer included and optimizer not: `batch` times a clip and `images` images."""
+
+    batch: int
+    size: Size
+    images: int
+    frames: int = 16
+    side: int = 224
+    tokenizer_width: int = 256
+
+
+Case = WindowCase | LossCase | ArgmaxCase | StepCase | HeadCase | PretrainCase
+
+PER_CLIP = ("batch", "rows", "slots", "used")
+"""Fields of a case that grow with the number of clips."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One case of the registry."""
 
     group: str
     """What belongs together on the command line, and runs in one process on a GPU."""
-    case: WindowCase | StepCase
+    case: Case
     batch: dict[str, int] = field(default_factory=lambda: {"cuda": 8})
     """Clips or images by device; a device that is missing is not measured."""
 
@@ -46,8 +73,8 @@ class Op:
     """One benchmarked op."""
 
     cases: dict[str, Entry]
-    tests: str
-    """What must be green before a time is printed: a pattern from the repository's root."""
+    tests: tuple[str, ...]
+    """What must be green before a time is printed: patterns from the repository's root."""
 
 
 def _stages(heads: int, depth: int, window: tuple[int, int, int], table: tuple[int, int, int]) -> dict[str, WindowCase]:
@@ -72,6 +99,14 @@ VIDEO = (8, 7, 7)
 IMAGE = (1, 7, 7)
 LONG = (16, 7, 7)
 
+WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS = (
+    f"tests/kernels/test_{op}*.py" for op in ("window_attention", "masked_linear_cross_entropy", "linear_argmax")
+)
+
+CLIP = LossCase(rows=3136, channels=1024, classes=8192, slots=1568, used=1176)
+"""16 frames of 14 x 14 positions under the joint recipe's masks: tubes hide 1176 on average, at most 1568."""
+FULL = LossCase(rows=1568, channels=1024, classes=8192, slots=1568, used=1568)
+
 OPS = {
     "window_attention": Op(
         {
@@ -85,21 +120,55 @@ OPS = {
             **_group("swin-b 32 frames", _stages(4, 16, VIDEO, VIDEO), cuda=8),
             **_group("swin-t video", _stages(3, 8, VIDEO, VIDEO), cpu=1, cuda=8),
         },
-        "tests/kernels/test_window_attention*.py",
+        (WINDOW_TESTS,),
     ),
     "video_swin_step": Op(
-        {"swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8})},
-        "tests/kernels/test_window_attention*.py",
+        {"swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8})}, (WINDOW_TESTS,)
+    ),
+    "masked_linear_cross_entropy": Op(
+        {
+            "cpu target": Entry("cpu", CLIP, {"cpu": 1}),
+            "cpu 8 clips": Entry("cpu", CLIP, {"cpu": 8}),
+            "swin-b 8 clips": Entry("swin-b", FULL, {"cuda": 8}),
+            "swin-b 8 clips, recipe masks": Entry("swin-b", CLIP, {"cuda": 8}),
+            "vq": Entry("vq", replace(CLIP, classes=512), {"cpu": 1, "cuda": 8}),
+        },
+        (LOSS_TESTS,),
+    ),
+    "linear_argmax": Op(
+        {
+            "dalle 16 frames": Entry("dalle", ArgmaxCase(3136, 2048, 8192), {"cpu": 1}),
+            "dalle 128 frames": Entry("dalle", ArgmaxCase(3136, 2048, 8192), {"cuda": 8}),
+            "vq": Entry("vq", ArgmaxCase(3136, 16, 512), {"cpu": 1, "cuda": 8}),
+        },
+        (ARGMAX_TESTS,),
+    ),
+    "masked_head": Op(
+        {"swin-b": Entry("swin-b", HeadCase(1, "base"), {"cpu": 1, "cuda": 8})},
+        (LOSS_TESTS,),
+    ),
+    "pretrain_step": Op(
+        {
+            "swin-b, 1 clip + 2 images": Entry("micro-batch", PretrainCase(1, "base", 2), {"cpu": 1}),
+            "swin-b, 4 clips + 32 images": Entry("micro-batch", PretrainCase(1, "base", 8), {"cuda": 4}),
+        },
+        (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS),
     ),
 }
 
 GPU_ORDER = (
+    ("masked_linear_cross_entropy", "swin-b"),
     ("window_attention", "swin-b video"),
+    ("pretrain_step", "micro-batch"),
+    ("linear_argmax", "dalle"),
+    ("masked_head", "swin-b"),
     ("video_swin_step", "encoder step"),
     ("window_attention", "swin-b image"),
     ("window_attention", "784 tokens"),
     ("window_attention", "swin-b 32 frames"),
     ("window_attention", "swin-t video"),
+    ("masked_linear_cross_entropy", "vq"),
+    ("linear_argmax", "vq"),
 )
 """(op, group) in order of worth, for a machine that is lent for minutes."""
 

@@ -108,6 +108,7 @@ COLUMNS = {
     "gbps": "GB/s",
     "percent_of_limit": "% limit",
     "peak_mib": "peak MiB",
+    "scratch_mib": "scratch MiB",
 }
 
 

@@ -116,8 +116,10 @@ def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[
             continue
         if contestant.reasons:
             print(f"  {name} cannot run: {'; '.join(contestant.reasons)}")
-        else:
-            names.append(name)
+            continue
+        names.append(name)
+        if contestant.lacks:
+            print(f"  {name} gives no {contestant.lacks}")
     good, wrong = verify.contestants(problem, names)
     for name, why in wrong.items():
         print(f"  {name} is not timed: {why}")
@@ -125,18 +127,17 @@ def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[
     steps: dict[str, timing.Step] = {name: lambda mark, n=name: problem.step(n, False, mark) for name in good}
     frozen = [name for name in good if problem.contestants[name].ours] if problem.frozen else []
     steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
-    times = timing.interleaved(steps, device, SECONDS[device])
+    times = timing.interleaved(steps, device, SECONDS[device], least=problem.least, warm=problem.warm)
     threads = torch.get_num_threads()
     peak = {name: memory.peaks(problem, op, case, name, threads) for name in good}
-    by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
+    by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in problem.quantities}
     for name in good:
         forward, total = np.array(times[name]).T
-        by_quantity[FORWARD][name], by_quantity[BACKWARD][name], by_quantity[BOTH][name] = (
-            forward,
-            total - forward,
-            total,
-        )
-    by_quantity[FROZEN] = {name: np.array(times[f"{name}, frozen"])[:, 1] for name in frozen}
+        measured = {FORWARD: forward, BACKWARD: total - forward, BOTH: total}
+        if problem.frozen and name in frozen:
+            measured[FROZEN] = np.array(times[f"{name}, frozen"])[:, 1]
+        for quantity in by_quantity.keys() & measured.keys():
+            by_quantity[quantity][name] = measured[quantity]
     work = problem.work()
     return [
         {
@@ -150,9 +151,10 @@ def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[
             "contestant": name,
             # The project may be run from its source tree, where the commit says more.
             "version": rows.version(problem.contestants[name].package) or "source tree",
+            "lacks": problem.contestants[name].lacks or None,
             **_statistics(ms),
             **_rates(work[quantity], float(np.median(ms)) / 1e3, problem),
-            "peak_mib": _peak(peak[name], quantity),
+            **_memory(peak[name], quantity, problem),
             "speedup": {
                 rival: _short(float(np.median(other / ms)))
                 for rival, other in series.items()
@@ -200,10 +202,16 @@ def _rates(work: Work, seconds: float, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _peak(peaks: tuple[int, int] | None, quantity: str) -> float | None:
-    if peaks is None or quantity not in (FORWARD, BOTH):
-        return None
-    return round(peaks[quantity == BOTH] / 2**20, 1)
+def _memory(peaks: memory.Peaks | None, quantity: str, problem: Problem) -> dict[str, float | None]:
+    """Peak memory, and what of it is neither output nor gradient where the quantity is all that is computed."""
+    peak = None if peaks is None else {FORWARD: peaks.forward, BOTH: peaks.both}.get(quantity)
+    whole = quantity == (BOTH if problem.grads else FORWARD)
+    scratch = peak - peaks.results if peak is not None and peaks is not None and whole else None
+    return {"peak_mib": _mib(peak), "scratch_mib": _mib(scratch)}
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Multiply-adds are those of matrix products and convolutions (`torch.utils.flop_counter`; the project's ops by their own
 formulas). Forward + backward is three times the forward for all that is trained; the tokenizer runs forward only.
-Memory is counted for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor
-that autograd keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
+"Before" is the official code's way: every frame tokenized, decoders and head on all positions, all logits kept. Memory
+is counted for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor that
+autograd keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,9 +36,28 @@ MODULES_OF: dict[str, tuple[str, ...]] = {
     "  MLP": (),
     "  merging": (),
     "decoders": ("video_decoder", "image_decoder", "norm"),
-    "head, masked positions": ("head",),
+    "head and loss": ("head",),
 }
 """Rows of the budget and the children of `BEVT` they stand for; indented rows are parts of the one above."""
+
+
+class Counts(NamedTuple):
+    """What may differ between two ways of a component; as in `Component`."""
+
+    clip_gmac: float
+    image_gmac: float
+    kept: int
+
+
+class UpstreamBEVT(BEVT):
+    """The official code's way behind the encoder: logits of all positions, of which the masked ones are selected."""
+
+    def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
+        """As `BEVT.stream_loss`, of the first `slots` positions: tensors without data have no mask to look at."""
+        logits = self.head(self.decode(stream, inputs.pixels, inputs.mask)).flatten(0, -2)
+        index = torch.arange(inputs.slots)
+        masked, targets = logits.index_select(0, index), inputs.codes.flatten().index_select(0, index)
+        return F.cross_entropy(masked, targets), (masked.argmax(1) == targets).float().mean()
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,8 @@ class Component:
     clip_gmac: float
     """Forward, one clip, in 10**9 multiply-adds."""
     image_gmac: float
+    before: Counts
+    """The same by the official code's way."""
     kept: int = 0
     """Bytes that autograd keeps for the backward pass of one micro-batch."""
     trained: bool = True
@@ -58,44 +82,55 @@ class Component:
         """Bytes of weights and, where trained, gradients and AdamW's two moments, in float32."""
         return self.parameters * (16 if self.trained else 4)
 
-    def step_flop(self, clips: int, images: int) -> float:
+    def step_flop(self, clips: int, images: int, before: bool = False) -> float:
         """Floating-point operations of one optimizer step over all devices."""
-        return 2e9 * (3 if self.trained else 1) * (clips * self.clip_gmac + images * self.image_gmac)
+        gmac = self.before if before else self
+        return 2e9 * (3 if self.trained else 1) * (clips * gmac.clip_gmac + images * gmac.image_gmac)
 
 
 def components(config: Config) -> list[Component]:
     """Tokenizer, encoder by kind of product, decoders and head, for a clip and an image of the recipe's size."""
     vocab_size, tokenizer = _tokenizer(config)
-    view = config.data.crop // 2
+    view, frames = config.data.crop // 2, config.data.frames
+    counts = []
     with FakeTensorMode():
-        model = _model(config, vocab_size)
-        counts = {s: _count(model, s, _inputs(config, s)) for s in model.streams}
+        for kind in (BEVT, UpstreamBEVT):
+            model = _model(config, vocab_size, kind)
+            counts.append({s: _count(model, s, _inputs(config, s)) for s in model.streams})
         frame = _gmac(_fake(tokenizer), torch.empty(1, 3, view, view))
+    clips, images = bool(config.train.clips), bool(config.train.images)
     rows = [
         Component(
             f"tokenizer ({config.tokenizer.kind})",
             _size(tokenizer),
-            frame * config.data.frames * bool(config.train.clips),
-            frame * bool(config.train.images),
+            frame * _masked_frames(config) * clips,
+            frame * images,
+            Counts(frame * frames * clips, frame * images, 0),
             trained=False,
         )
     ]
-    saved = activation_bytes(config)
+    kept = [activation_bytes(config, kind) for kind in (BEVT, UpstreamBEVT)]
     for name, modules in MODULES_OF.items():
         size = sum(_size(getattr(model, m)) for m in modules if hasattr(model, m))
-        clip, image = (counts.get(s, {}).get(name, 0.0) for s in ("clips", "images"))
-        rows.append(Component(name, size, clip, image, saved.get(name, 0)))
+        now, before = (
+            Counts(count.get("clips", {}).get(name, 0.0), count.get("images", {}).get(name, 0.0), saved.get(name, 0))
+            for count, saved in zip(counts, kept)
+        )
+        rows.append(Component(name, size, now.clip_gmac, now.image_gmac, before, now.kept))
     return rows
 
 
-def activation_bytes(config: Config) -> dict[str, int]:
-    """Bytes that autograd keeps between forward and backward of one micro-batch, by component, in its precision."""
+def activation_bytes(config: Config, kind: type[BEVT] = BEVT) -> dict[str, int]:
+    """Bytes that autograd keeps between forward and backward of one micro-batch, by component, in its precision.
+
+    Of the head they include the gradients that its op keeps in their place.
+    """
     t = config.train
     counts: dict[Stream, int] = {"clips": t.micro_clips if t.clips else 0, "images": t.micro_images if t.images else 0}
     total: dict[str, int] = dict.fromkeys(MODULES_OF, 0)
     vocab_size, _ = _tokenizer(config)
     with FakeTensorMode():
-        model = _model(config, vocab_size)
+        model = _model(config, vocab_size, kind)
         for stream, count in counts.items():
             if count:
                 # Linear in the batch but for what autocast makes of the weights, which two points separate.
@@ -114,11 +149,11 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     t = config.train
     rows = components(config)
     whole = [row for row in rows if not row.name.startswith(" ")]
-    step = sum(row.step_flop(t.clips, t.images) for row in whole)
+    step, before = (sum(row.step_flop(t.clips, t.images, way) for row in whole) for way in (False, True))
     table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
-    for column in ("", "parameters", "a clip", "an image", "a step", "share", "states", "kept"):
+    for column in ("", "parameters", "a clip", "an image", "a step", "share", "before", "states", "kept", "before "):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", "GiB", "GiB", style="dim")
+    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", "TFLOP", "GiB", "GiB", "GiB", style="dim")
     for row in rows:
         flop = row.step_flop(t.clips, t.images)
         part = row.name.startswith(" ")
@@ -129,8 +164,10 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
             f"{row.image_gmac:.2f}",
             f"{flop / 1e12:.1f}",
             f"{100 * flop / step:.0f}",
+            f"{row.step_flop(t.clips, t.images, before=True) / 1e12:.1f}",
             "" if part else f"{row.states / 2**30:.2f}",
             "" if part else f"{row.kept / 2**30:.2f}",
+            "" if part else f"{row.before.kept / 2**30:.2f}",
             style="dim" if part else None,
         )
     table.add_section()
@@ -141,8 +178,10 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
         f"{sum(row.image_gmac for row in whole):.2f}",
         f"{step / 1e12:.1f}",
         "100",
+        f"{before / 1e12:.1f}",
         f"{sum(row.states for row in whole) / 2**30:.2f}",
         f"{sum(row.kept for row in whole) / 2**30:.2f}",
+        f"{sum(row.before.kept for row in whole) / 2**30:.2f}",
     )
     steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
     seconds = steps * step / (gpus * flops * efficiency)
@@ -153,6 +192,8 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
         "states: weights, gradients and AdamW's moments on one device; kept: for the backward pass of a micro-batch of "
         f"{t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in {t.precision}, "
         f"{math.ceil(per_device)} of which make a step on {gpus} devices\n"
+        "before: with every frame tokenized, decoders and head on all positions and their logits kept; now: on masked "
+        "positions, as many as there are on average (on a GPU on as many as there can be, to keep shapes static)\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
         f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
     )
@@ -176,11 +217,11 @@ def _tokenizer(config: Config) -> tuple[int, nn.Module]:
         return vq.vocab_size, VQModel(vq).encoder
 
 
-def _model(config: Config, vocab_size: int) -> BEVT:
+def _model(config: Config, vocab_size: int, kind: type[BEVT]) -> BEVT:
     """The recipe's model in fake tensors: made on "meta" (initialisation looks at values), then moved to a fake CPU."""
     streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]
     with torch.device("meta"):
-        model = BEVT(replace(config.model, attention_impl="reference", loss_impl="reference"), vocab_size, streams)
+        model = kind(replace(config.model, attention_impl="reference", loss_impl="reference"), vocab_size, streams)
     _fake(model)
     return model
 
@@ -212,6 +253,13 @@ def _masked(config: MaskConfig, grid: tuple[int, int, int]) -> int:
     return round(masking.generate(config, np.arange(1024), grid).sum() / 1024)
 
 
+def _masked_frames(config: Config) -> float:
+    """Frames of a clip that hold a masked position, on average over 1024 draws."""
+    side = config.data.crop // 16
+    masks = masking.generate(config.clip_mask, np.arange(1024), (config.data.frames // PATCH[0], side, side))
+    return PATCH[0] * masks.any((2, 3)).sum() / 1024
+
+
 def _count(model: BEVT, stream: Stream, inputs: MaskedInput) -> dict[str, float]:
     """GMAC of one forward pass by component."""
     counter = FlopCounterMode(display=False)
@@ -224,7 +272,7 @@ def _count(model: BEVT, stream: Stream, inputs: MaskedInput) -> dict[str, float]
     def module(*suffixes: str) -> float:
         return sum(sum(v.values()) for k, v in flops.items() if k.endswith(suffixes))
 
-    head = sum(n for op, n in ops.items() if "masked_linear_cross_entropy" in op)
+    head = sum(n for op, n in ops.items() if "masked_linear_cross_entropy" in op) + module("BEVT.head")
     attention = sum(n for op, n in ops.items() if "window_attention" in op)
     encoder = module("BEVT.encoder")
     embed = module("BEVT.patch_embed", "BEVT.patch_embed_2d")
@@ -233,7 +281,7 @@ def _count(model: BEVT, stream: Stream, inputs: MaskedInput) -> dict[str, float]
         "patch embedding": embed,
         "encoder": encoder,
         "decoders": total - encoder - embed - head,
-        "head, masked positions": head,
+        "head and loss": head,
         "  projections": attn - attention,
         "  attention": attention,
         "  MLP": mlp,
@@ -267,7 +315,7 @@ def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: st
             kept[storage._cdata] = x
         return x
 
-    handles = [model.norm.register_forward_hook(lambda *_: enter("head, masked positions"))]
+    handles = [model.norm.register_forward_hook(lambda *_: enter("head and loss"))]
     for name, modules in MODULES_OF.items():
         for child in (getattr(model, m) for m in modules if hasattr(model, m)):
             handles.append(child.register_forward_pre_hook(lambda *_, name=name: enter(name)))

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 
-from bevt.config import SIZES, Config, ConfigError, DataConfig, Size, TrainConfig, UserError, keys, nearest, resized
+from bevt.config import (
+    SIZES,
+    Config,
+    ConfigError,
+    DataConfig,
+    Size,
+    TokenizerConfig,
+    TrainConfig,
+    UserError,
+    keys,
+    nearest,
+    resized,
+)
 
 if TYPE_CHECKING:
     from bevt.data.manifest import Manifest
@@ -28,6 +40,7 @@ USAGE = """usage: bevt COMMAND ...
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
   pretrain RECIPE         run a pretraining recipe: {recipes}
   tokenizer fit           train a VQ tokenizer on your own images or clips
+  tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
   data check SOURCE       say what is wrong with the files, and what to do
   budget RECIPE           multiply-adds, parameters, memory and hours of a recipe
@@ -85,6 +98,23 @@ class TokenizerFitArgs:
     """Peak learning rate."""
     seed: int = 0
     """Everything random in the fit follows from it."""
+
+
+@dataclass(frozen=True)
+class TokenizerCheckArgs:
+    """Compare a tokenizer's codes, as a run on this machine computes them, with those of float32, on your own frames.
+
+    Exit status 1 where fewer than 99.5 % are equal.
+    """
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """What is checked; --tokenizer.precision names another precision than this machine's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where frames come from; clips, images or both."""
+    frames: int = 64
+    """Frames that are compared (196 codes each at a crop of 224)."""
+    seed: int = 0
+    """Chooses the frames."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +243,21 @@ def _tokenizer_fit(argv: list[str]) -> int:
     return 0
 
 
+def _tokenizer_check(argv: list[str]) -> int:
+    args = _parse(TokenizerCheckArgs, argv, "bevt tokenizer check")
+    from bevt.evaluate.agreement import check_tokenizer
+
+    if not (args.data.clips or args.data.images):
+        raise ConfigError("name the frames to compare on: --data.clips DIR, --data.images DIR or both")
+    if args.frames < 1:
+        raise ConfigError(f"--frames must be above 0, got {args.frames}")
+    train = TrainConfig(clips=int(bool(args.data.clips)), images=int(bool(args.data.images)), seed=args.seed)
+    config = Config(recipe="tokenizer", data=args.data, tokenizer=args.tokenizer, train=train)
+    found, settled = check_tokenizer(config, args.frames)
+    print(f"{args.tokenizer.path}: {', '.join(f'{what} {how}' for what, how in settled.items())}\n{found}")
+    return 0 if found.passed else 1
+
+
 def _data_index(argv: list[str]) -> int:
     args = _parse(DataIndexArgs, argv, "bevt data index")
     manifest = _indexed(args.source, args.kind, args.out)
@@ -275,6 +320,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("pretrain",): _pretrain,
     ("tokenizer", "fit"): _tokenizer_fit,
+    ("tokenizer", "check"): _tokenizer_check,
     ("data", "index"): _data_index,
     ("data", "check"): _data_check,
     ("budget",): _budget,

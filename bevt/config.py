@@ -77,6 +77,10 @@ class TokenizerConfig:
     """`dalle`: `encoder.pkl`, or its weights as `.safetensors`. `vq`: what `bevt tokenizer fit` wrote."""
     impl: Impl = "auto"
     """Implementation of `bevt_kernels.linear_argmax`."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the encoder's convolutions. `auto`: float16 on CUDA, as the published encoder computes; else float32."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Whether torch.compile fuses what surrounds the convolutions. `auto`: yes for `dalle` on CUDA, else no."""
 
 
 @dataclass(frozen=True)

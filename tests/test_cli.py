@@ -301,7 +301,7 @@ def test_budget_of_a_recipe(run: Run) -> None:
 def test_doctor(run: Run) -> None:
     status, out, _ = run("doctor")
     assert status == 0
-    for word in ("torch", "native library", "PyAV", "apex", "masked_linear_cross_entropy: reference"):
+    for word in ("torch", "native library", "PyAV", "apex", "masked_linear_cross_entropy: "):
         assert word in out
 
 

@@ -29,6 +29,8 @@ class Batch:
     """One micro-batch of one device. A stream that takes no part has None in its fields.
 
     Letters: B clips, M images, T frames, H = W = crop in pixels, d = T / 2, h = w = crop / 16 (the token grid).
+    A backend may leave pixels on the device, but masks are on the CPU until the step moves them: it looks at them to
+    choose the frames that are tokenised, and would wait for the device otherwise (it refuses them).
     """
 
     clips: Tensor | None

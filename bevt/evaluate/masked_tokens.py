@@ -27,7 +27,7 @@ def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.de
     try:
         with torch.no_grad(), closing(eval_batches(config)) as batches:
             for batch in batches:
-                inputs = masked_inputs(batch.to(device), tokenizer, config)
+                inputs = masked_inputs(batch, tokenizer, config, device)
                 for stream in model.streams:
                     if stream not in inputs:
                         continue

@@ -4,7 +4,7 @@ Shape letters: B clips, M images, T frames, D = T / 2, H W the first stage's map
 the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
 
 Both streams share the encoder, the mask token, the last LayerNorm and the head; the patch embeddings and the decoders
-are their own. Everything outside the encoder is linear. Only masked positions reach the head.
+are their own. Everything outside the encoder is linear. In training decoders and head see masked positions alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from bevt_kernels import Spec, masked_linear_cross_entropy, resolve
 from einops import rearrange
 from torch import Tensor, nn
@@ -65,12 +66,16 @@ class PatchExpand(nn.ConvTranspose3d):
         if planar:
             self.weight = nn.Parameter(self.weight.detach().squeeze(2))
 
+    def cells(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., fd * fh * fw, C): what becomes of a token, its cells in order of depth, height, width."""
+        weight = self.weight.flatten(2).permute(2, 1, 0)  # cells, C out, C in
+        bias = cast(Tensor, self.bias).repeat(len(weight))
+        return F.linear(x, weight.flatten(0, 1), bias).unflatten(-1, weight.shape[:2])
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, D, H, W, C) -> (B, D * fd, H * fh, W * fw, C)."""
         fd, fh, fw = self.factor
-        x = torch.matmul(x, self.weight.flatten(1))
-        x = rearrange(x, "b d h w (c fd fh fw) -> b (d fd) (h fh) (w fw) c", fd=fd, fh=fh, fw=fw)
-        return x + cast(Tensor, self.bias).to(x.dtype)
+        return rearrange(self.cells(x), "b d h w (fd fh fw) c -> b (d fd) (h fh) (w fw) c", fd=fd, fh=fh, fw=fw)
 
 
 class ImageDecoder(nn.Module):
@@ -81,23 +86,40 @@ class ImageDecoder(nn.Module):
         self.up = PatchExpand(dim, (1, 2, 2), planar=True)
         self.fuse = nn.Linear(dim // 2 + dim, dim)
 
-    def forward(self, x3: Tensor, x4: Tensor) -> Tensor:
-        """(M, 1, h, w, 4C), (M, 1, h/2, w/2, 8C) -> (M, 1, h, w, 8C)."""
-        return self.fuse(torch.cat([x3, self.up(x4)], dim=-1))
+    def forward(self, x3: Tensor, x4: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(M, 1, h, w, 4C), (M, 1, h/2, w/2, 8C) -> (M, 1, h, w, 8C).
+
+        With `tokens` (n,), which number the places of x3's map in order, only there: (n, 1, 8C).
+        """
+        x = self._fused(x3, x4, tokens)
+        return x if tokens is None else x.unsqueeze(1)
+
+    def _fused(self, x3: Tensor, x4: Tensor, tokens: Tensor | None) -> Tensor:
+        """(M, D, h, w, 8C), or (n, 8C) with tokens."""
+        if tokens is None:
+            return self.fuse(torch.cat([x3, self.up(x4)], dim=-1))
+        line, column = tokens // x3.shape[3], tokens % x3.shape[3]  # the height is even, so that lines pair up
+        cell = 4 * (line // 2 * x4.shape[3] + column // 2) + 2 * (line % 2) + column % 2
+        # Every token of stage 4 is expanded: which of its cells are masked varies, and shapes shall not.
+        up = self.up.cells(x4).flatten(0, -2).index_select(0, cell)
+        return self.fuse(torch.cat([x3.flatten(0, -2).index_select(0, tokens), up], dim=-1))
 
 
-class VideoDecoder(nn.Module):
+class VideoDecoder(ImageDecoder):
     """The image decoder's form, then every depth step to the two frames under it."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.up = PatchExpand(dim, (1, 2, 2))
-        self.fuse = nn.Linear(dim // 2 + dim, dim)
         self.frames = PatchExpand(dim, (PATCH[0], 1, 1))
 
-    def forward(self, x3: Tensor, x4: Tensor) -> Tensor:
-        """(B, D, h, w, 4C), (B, D, h/2, w/2, 8C) -> (B, T, h, w, 8C)."""
-        return self.frames(self.fuse(torch.cat([x3, self.up(x4)], dim=-1)))
+    def forward(self, x3: Tensor, x4: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, D, h, w, 4C), (B, D, h/2, w/2, 8C) -> (B, T, h, w, 8C).
+
+        With `tokens` (n,) only at these places of x3's map: (n, 2, 8C), both frames of a depth step.
+        """
+        x = self._fused(x3, x4, tokens)
+        return self.frames(x) if tokens is None else self.frames.cells(x)
 
 
 class BEVT(nn.Module):
@@ -120,8 +142,10 @@ class BEVT(nn.Module):
         super().__init__()
         if not streams or not set(streams) <= {"clips", "images"}:
             raise ValueError(f"streams must name 'clips', 'images' or both, got {tuple(streams)}")
-        spec = Spec(torch.device(device).type, dtype, needs_grad=True)
-        window = spec._replace(window=config.window_size, head_dim=config.embed_dim // config.num_heads[0])
+        spec = Spec(torch.device(device).type, dtype, needs_grad=True, classes=vocab_size)
+        window = spec._replace(
+            classes=None, window=config.window_size, head_dim=config.embed_dim // config.num_heads[0]
+        )
         self.implementations = {
             "window_attention": resolve("window_attention", config.attention_impl, window),
             "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
@@ -145,10 +169,10 @@ class BEVT(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Features that the head reads: clips (B, T, h, w, 8C), images (M, h, w, 8C). Arguments as in `MaskedInput`.
+    def encode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoders read, stages 3 and 4: (B, D, h, w, 4C) and (B, D, h/2, w/2, 8C); D = 1 for images.
 
-        Raises ValueError where the mask's grid is not the pixels' (T/2, H/16, W/16).
+        Arguments as in `MaskedInput`. Raises ValueError where the mask's grid is not the pixels' (T/2, H/16, W/16).
         """
         clips = stream == "clips"
         if not clips:
@@ -163,19 +187,45 @@ class BEVT(nn.Module):
         hidden = mask.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3).unsqueeze(-1)
         x = torch.where(hidden, self.mask_token.to(x.dtype), x)
         *_, x3, x4 = self.encoder(x)
-        x = self.norm((self.video_decoder if clips else self.image_decoder)(x3, x4))
-        return x if clips else x.squeeze(1)
+        return x3, x4
+
+    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Features of every position: clips (B, T, h, w, 8C), images (M, h, w, 8C). Arguments as in `encode`."""
+        x = self.norm(self._decoder(stream)(*self.encode(stream, pixels, mask)))
+        return x if stream == "clips" else x.squeeze(1)
+
+    def _decoder(self, stream: Stream) -> ImageDecoder:
+        return self.video_decoder if stream == "clips" else self.image_decoder
+
+    def masked_loss(
+        self, stream: Stream, x3: Tensor, x4: Tensor, mask: Tensor, codes: Tensor, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """Decoder, norm, head and loss at masked positions alone, equal to those of `decode` there.
+
+        x3 and x4 are `encode`'s, the others `MaskedInput`'s. Returns the mean cross-entropy (nats) over the
+        micro-batch's masked positions and their top-1 accuracy; scalars.
+        """
+        frames = PATCH[0] if stream == "clips" else 1  # positions of a token
+        tokens = masked_slots(mask, -(-slots // frames))
+        used, places = tokens >= 0, torch.arange(len(tokens), device=mask.device)
+        # An unused slot reads a place of its own, as an address that many write to would hold up the backward pass.
+        features = self._decoder(stream)(x3, x4, torch.where(used, tokens, places % mask.numel()))
+        grid = codes.view(len(mask), -1, frames, *codes.shape[-2:])  # batch, depth, frames, h, w
+        targets = grid.movedim(2, -1).reshape(-1, frames)
+        index = torch.arange(features.shape[:2].numel(), device=mask.device).view(-1, frames)
+        return masked_linear_cross_entropy(
+            self.norm(features).flatten(0, 1),
+            self.head.weight,
+            self.head.bias,
+            targets.index_select(0, tokens.clamp(min=0)).flatten(),
+            index.where(used[:, None], -1).flatten(),
+            impl=self.implementations["masked_linear_cross_entropy"],
+        )
 
     def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy (nats) over the micro-batch's masked positions, and their top-1 accuracy; scalars."""
-        features = self.decode(stream, inputs.pixels, inputs.mask)
-        mask = inputs.mask.repeat_interleave(PATCH[0], dim=1) if stream == "clips" else inputs.mask
-        index = masked_slots(mask, inputs.slots)
-        targets = inputs.codes.flatten()[index.clamp(min=0)]
-        impl = self.implementations["masked_linear_cross_entropy"]
-        return masked_linear_cross_entropy(
-            features.flatten(0, -2), self.head.weight, self.head.bias, targets, index, impl=impl
-        )
+        """`masked_loss` of what the encoder makes of the inputs."""
+        x3, x4 = self.encode(stream, inputs.pixels, inputs.mask)
+        return self.masked_loss(stream, x3, x4, inputs.mask, inputs.codes, inputs.slots)
 
     def forward(self, clips: MaskedInput | None = None, images: MaskedInput | None = None) -> dict[str, Tensor]:
         """`loss_clips`, `accuracy_clips`, `loss_images`, `accuracy_images` of the streams given, as device scalars."""

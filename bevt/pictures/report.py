@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from bevt.config import Config
+from bevt.data import augment
 from bevt.data.build import eval_batches
 from bevt.models.bevt import BEVT, PATCH
 from bevt.pictures.curves import curves
 from bevt.pictures.strips import strip
 from bevt.tokenizers import Tokenizer
-from bevt.train.step import masked_inputs
 
 CLIPS = 3
 """Held-out clips that get a strip."""
@@ -31,16 +31,18 @@ def draw(config: Config, out: Path, model: BEVT, tokenizer: Tokenizer, device: t
         return written
     model.eval()
     for batch in eval_batches(config):
-        if batch.clips is None:
+        if batch.clips is None or batch.clip_masks is None:
             continue
-        inputs = masked_inputs(batch.to(device), tokenizer, config)["clips"]
-        predicted = model.predict("clips", inputs.pixels, inputs.mask)
-        hidden = inputs.mask.repeat_interleave(PATCH[0], dim=1)
-        filled = torch.where(hidden, predicted, inputs.codes)
-        for i in range(min(len(batch.clips), CLIPS + 1 - len(written))):
+        clips, mask = batch.clips.to(device), batch.clip_masks.to(device)
+        views = augment.tokenizer_view(clips.flatten(0, 1), config.data.crop // 2)
+        codes = tokenizer.encode(views).unflatten(0, clips.shape[:2])  # of every frame, since the strip shows them all
+        predicted = model.predict("clips", augment.to_encoder_clips(clips), mask)
+        hidden = mask.repeat_interleave(PATCH[0], dim=1)
+        filled = torch.where(hidden, predicted, codes)
+        for i in range(min(len(clips), CLIPS + 1 - len(written))):
             true_view = guess_view = None
             if config.tokenizer.kind == "vq":
-                true_view, guess_view = tokenizer.decode(inputs.codes[i]).cpu(), tokenizer.decode(filled[i]).cpu()
+                true_view, guess_view = tokenizer.decode(codes[i]).cpu(), tokenizer.decode(filled[i]).cpu()
             path = folder / f"clip_{len(written) - 1}.png"
             strip(
                 path,

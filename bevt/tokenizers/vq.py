@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bevt_kernels import Spec, linear_argmax, resolve
+from bevt_kernels import linear_argmax
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bevt.config import ConfigError, Impl, from_dict, to_dict
+from bevt.config import ConfigError, TokenizerConfig, from_dict, to_dict
 from bevt.tokenizers import common
+from bevt.tokenizers.frozen import AUTO, FrozenTokenizer
 
 FORMAT = "bevt-vq-1"
 
@@ -167,9 +168,10 @@ class VQModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def vectors(self, pixels: Tensor) -> Tensor:
-        """(M, 3, H, W) in [0, 1] -> (M, h, w, D)."""
+        """(M, 3, H, W) float32 in [0, 1] -> (M, h, w, D) float32, whatever the encoder's weights are rounded to."""
         x = 4 * pixels - 2
-        return (F.conv2d(x, self.cosines / 8, stride=8) + self.encoder(x)).permute(0, 2, 3, 1)
+        z = self.encoder(x.to(next(self.encoder.parameters()).dtype))
+        return (F.conv2d(x, self.cosines / 8, stride=8) + z).permute(0, 2, 3, 1)
 
     def pixels(self, vectors: Tensor) -> Tensor:
         """(M, h, w, D) -> (M, 3, H, W), not clamped."""
@@ -177,61 +179,64 @@ class VQModel(nn.Module):
         return (F.conv_transpose2d(z, 8 * self.cosines, stride=8) + self.decoder(z)) / 4 + 0.5
 
 
-def nearest(vectors: Tensor, codebook: Tensor, impl: str = "auto") -> Tensor:
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """(N, D), (V, D) -> (N,) int64: each vector's nearest code, ties to the lowest."""
-    return linear_argmax(vectors, codebook, codebook.square().sum(1) / -2, impl=impl)
+    return linear_argmax(vectors, *_products(codebook))
 
 
-class VQTokenizer:
-    """The `Tokenizer` of a fitted `VQModel`. Frozen."""
+def _products(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (V, D) and bias (V,) of the product that is largest for the nearest code."""
+    return codebook, codebook.square().sum(1) / -2
+
+
+class VQTokenizer(FrozenTokenizer):
+    """The `Tokenizer` of a fitted `VQModel`. Frozen.
+
+    A lower precision is that of the encoder's convolutions; cosines, vectors and codebook stay float32.
+    """
 
     name = "vq"
-    downsample = 8
 
-    def __init__(self, model: VQModel, impl: Impl = "auto") -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: VQModel, config: TokenizerConfig = AUTO) -> None:
+        super().__init__(model, config)
+        self.model = model
         self.vocab_size = model.config.vocab_size
-        self.impl: str = impl
 
     @classmethod
-    def load(cls, path: str | Path, impl: Impl = "auto") -> VQTokenizer:
-        """From a file of `save`; `impl` is `linear_argmax`'s. FileNotFoundError; TokenizerError for another file."""
+    def load(cls, path: str | Path, config: TokenizerConfig = AUTO) -> VQTokenizer:
+        """From a file of `save`; `config` as in `FrozenTokenizer`. FileNotFoundError; TokenizerError: another file."""
         tensors, metadata = common.read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise common.TokenizerError(
                 f"{path} is no VQ tokenizer of this project: its metadata lacks format = {FORMAT}"
             )
         try:
-            config: VQConfig = from_dict(json.loads(metadata["config"]), VQConfig)
+            size: VQConfig = from_dict(json.loads(metadata["config"]), VQConfig)
         except (KeyError, ValueError) as error:
             raise common.TokenizerError(f"{path}: the configuration in its metadata cannot be read: {error}") from error
-        model = VQModel(config)
+        model = VQModel(size)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         common.check_weights(tensors, expected, path, "its own configuration")
         model.load_state_dict(tensors, assign=True)
-        return cls(model, impl)
+        return cls(model, config)
 
-    def save(self, path: str | Path) -> None:
-        """Write weights and configuration as safetensors. OSError where that cannot be done."""
-        metadata = {"format": FORMAT, "config": json.dumps(to_dict(self.model.config))}
-        common.write_safetensors(path, self.model.state_dict(), metadata)
+    def metadata(self) -> dict[str, str]:
+        return {"format": FORMAT, "config": json.dumps(to_dict(self.model.config))}
 
-    def to(self, device: torch.device) -> VQTokenizer:
-        """Move the weights and resolve `impl` for the device, once; returns the same tokenizer."""
-        self.model.to(device)
-        self.impl = resolve("linear_argmax", self.impl, Spec(torch.device(device).type, torch.float32))
-        return self
+    @property
+    def width(self) -> float:
+        return max(3, self.model.config.width / 4)
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(M, 3, H, W) float in [0, 1] -> (M, H/8, W/8) int64. ValueError and TypeError as `check_pixels` says.
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        return _products(self.model.codebook)
 
-        Computes in float32 under any autocast, so that codes do not depend on the precision of training.
-        """
-        common.check_pixels(pixels, self.downsample)
-        with torch.autocast(pixels.device.type, enabled=False):
-            z = self.model.vectors(pixels.float())
-            return nearest(z.flatten(0, 2), self.model.codebook, self.impl).view(z.shape[:3])
+    @property
+    def rounded(self) -> list[nn.Parameter]:
+        return list(self.model.encoder.parameters())
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model.vectors(pixels)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

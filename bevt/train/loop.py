@@ -22,7 +22,7 @@ from bevt_kernels import NoImplementation
 
 import bevt
 from bevt import tokenizers
-from bevt.config import Config, ConfigError, check, to_dict
+from bevt.config import Config, ConfigError, check, from_dict, to_dict
 from bevt.data import DataError
 from bevt.data.batch import BadFile, Loader
 from bevt.data.build import build_loader, check_held_out
@@ -100,7 +100,7 @@ def _train(
     optimizer = build_optimizer(model, config.optim)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     meter = Meter(config, world, names, out)
-    implementations = {**model.implementations, "linear_argmax": tokenizer.impl}
+    implementations = {**model.implementations, **tokenizer.implementations}
     if saved:
         weights.load(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -272,7 +272,7 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
     if saved:
         changed = [
             f"{key} = {old!r}, now {new!r}"
-            for key, old, new in _differences(saved["config"], to_dict(config))
+            for key, old, new in _differences(to_dict(from_dict(saved["config"])), to_dict(config))
             if key not in FREE_ON_RESUME
         ]
         if changed:

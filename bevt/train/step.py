@@ -18,30 +18,62 @@ from bevt.models.video_swin import PATCH
 from bevt.tokenizers import Tokenizer
 from bevt.train.distributed import World
 
+NO_TOKEN = -1
+"""In place of a code where a frame was not tokenised; as a class or an index it is an error."""
 
-def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config) -> dict[str, MaskedInput]:
-    """A micro-batch on the device as the model takes it, under `clips` and `images`.
 
-    The tokenizer reads the same augmented crop as the encoder, resized to half its side (224 -> 112: 14x14 codes).
+def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config, device: torch.device) -> dict[str, MaskedInput]:
+    """A micro-batch of the loader as the model takes it, on `device`, under `clips` and `images`.
+
+    The tokenizer reads the same augmented crop as the encoder, resized to half its side (224 -> 112: 14x14 codes), and
+    only of frames and images that hold a masked position; the codes of the others are `NO_TOKEN`. Which ones is decided
+    on the host. Raises ValueError where the masks are not on the CPU: looking at them would wait for the device.
     """
-    view = config.data.crop // 2
-    inputs = {}
-    if batch.clips is not None and batch.clip_masks is not None:
-        clips, frames = batch.clips, batch.clips.shape[1]
-        codes = tokenizer.encode(augment.tokenizer_view(clips.flatten(0, 1), view))
-        grid = cast("tuple[int, int, int]", tuple(batch.clip_masks.shape[1:]))
-        slots = len(clips) * PATCH[0] * masking.capacity(config.clip_mask, grid)
-        inputs["clips"] = MaskedInput(
-            augment.to_encoder_clips(clips), batch.clip_masks, codes.unflatten(0, (-1, frames)), slots
-        )
-    if batch.images is not None and batch.image_masks is not None:
-        images = batch.images
+    masks = {"clips": batch.clip_masks, "images": batch.image_masks}
+    chosen = {stream: _masked_frames(mask, device) for stream, mask in masks.items() if mask is not None}
+    batch = batch.to(device)
+    frames, inputs = {}, {}
+    if batch.clips is not None:
+        frames["clips"] = batch.clips.flatten(0, 1)
+    if batch.images is not None:
+        frames["images"] = batch.images
         if batch.image_jitter is not None and config.data.jitter > 0:
-            images = augment.color_jitter(images, batch.image_jitter)
-        codes = tokenizer.encode(augment.tokenizer_view(images, view))
-        slots = len(images) * masking.capacity(config.image_mask, (1, *batch.image_masks.shape[1:]))
-        inputs["images"] = MaskedInput(augment.to_encoder_images(images), batch.image_masks, codes, slots)
+            frames["images"] = augment.color_jitter(batch.images, batch.image_jitter)
+    codes = _codes(frames, chosen, tokenizer, config.data.crop // 2)
+    if batch.clips is not None and batch.clip_masks is not None:
+        clips, mask = batch.clips, batch.clip_masks
+        slots = len(clips) * PATCH[0] * masking.capacity(config.clip_mask, (mask.shape[1], *mask.shape[2:]))
+        found = codes["clips"].unflatten(0, clips.shape[:2])
+        inputs["clips"] = MaskedInput(augment.to_encoder_clips(clips), mask, found, slots)
+    if batch.images is not None and batch.image_masks is not None:
+        mask = batch.image_masks
+        slots = len(mask) * masking.capacity(config.image_mask, (1, *mask.shape[1:]))
+        inputs["images"] = MaskedInput(augment.to_encoder_images(frames["images"]), mask, codes["images"], slots)
     return inputs
+
+
+def _codes(frames: dict[str, Tensor], chosen: dict[str, Tensor], tokenizer: Tokenizer, view: int) -> dict[str, Tensor]:
+    """Codes (N, h, w) of each stream's frames (N, H, W, 3), tokenised together, only where chosen."""
+    views = torch.cat([frames[stream].index_select(0, index) for stream, index in chosen.items()])
+    found = tokenizer.encode(augment.tokenizer_view(views, view))
+    parts = found.split([len(index) for index in chosen.values()])
+    return {
+        stream: found.new_full((len(frames[stream]), *found.shape[1:]), NO_TOKEN).index_copy_(0, index, part)
+        for (stream, index), part in zip(chosen.items(), parts)
+    }
+
+
+def _masked_frames(mask: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the frames (of images, for (M, h, w)) that hold a masked position, on `device`."""
+    if mask.device.type != "cpu":
+        raise ValueError(
+            f"masks must be on the CPU until the step moves them (bevt/data/batch.py), these are on {mask.device}"
+        )
+    used = mask.numpy().any((-2, -1))  # NumPy: what reads values here must not be what waits on a GPU
+    if mask.ndim == 4:  # a step of a clip's mask is PATCH[0] frames
+        used = used.repeat(PATCH[0], 1).reshape(-1)
+    index = torch.from_numpy(used.nonzero()[0])
+    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -78,12 +110,12 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, step: int, lr: float, batches: Sequence[Batch]) -> StepResult:
-        """Run 0-based `step` at learning rate `lr`. `batches` are this process's micro-batches, on any device."""
+        """Run 0-based `step` at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
         config, device = self.config, self.world.device
         seed_step(config.train.seed, step, self.world.rank)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            inputs = masked_inputs(batch.to(device), self.tokenizer, config)
+            inputs = masked_inputs(batch, self.tokenizer, config, device)
             with self.world.without_sync(self.model, skip=i < len(batches) - 1):
                 with autocast(config, device):
                     out = self.model(**inputs)

@@ -29,6 +29,8 @@ class Spec(NamedTuple):
     """Window attention alone: tokens along time, height and width."""
     head_dim: int | None = None
     """Window attention alone."""
+    classes: int | None = None
+    """Masked linear cross-entropy alone."""
 
 
 Supports = Callable[[Spec], list[str]]

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "cpu/linear_argmax.h"
+#include "cpu/masked_linear_cross_entropy.h"
 #include "cpu/window_attention.h"
 
 // Read from the file by bevt_kernels/native.py, so that a library built for another torch is named, not loaded.
@@ -11,6 +12,10 @@ extern "C" __attribute__((used, visibility("default"))) const char bevt_kernels_
 
 TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
   m.def("linear_argmax_native(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "masked_linear_cross_entropy_native(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor index, "
+      "bool[3] output_mask) "
+      "-> (Tensor loss, Tensor accuracy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "window_attention_forward_native(Tensor qkv, Tensor bias_table, int num_heads, int[3] window_size, int[3] shift, "
       "int[3] table_window, float scale) -> (Tensor out, Tensor lse)");
@@ -22,6 +27,7 @@ TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
 
 TORCH_LIBRARY_IMPL(bevt_kernels, CPU, m) {
   m.impl("linear_argmax_native", &bevt_kernels::linear_argmax);
+  m.impl("masked_linear_cross_entropy_native", &bevt_kernels::masked_linear_cross_entropy);
   m.impl("window_attention_forward_native", &bevt_kernels::window_attention_forward);
   m.impl("window_attention_backward_native", &bevt_kernels::window_attention_backward);
 }

@@ -1,10 +1,24 @@
 """The rivals that benchmarks compare with compute the same function, and say why where they cannot."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from bevt_kernels import Spec
-from bevt_kernels.baselines import WINDOW_ATTENTION, _flex, _flex_constants
-from bevt_kernels.testing import WindowCase, assert_within_budget, eager_window_attention
+from bevt_kernels.baselines import LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
+from bevt_kernels.baselines.window_attention import _flex, _flex_constants
+from bevt_kernels.testing import (
+    ArgmaxCase,
+    LossCase,
+    WindowCase,
+    assert_accuracy,
+    assert_argmax,
+    assert_within_budget,
+    eager_masked_linear_cross_entropy,
+    eager_window_attention,
+)
 
 CASES = {
     "unshifted": WindowCase(2, (4, 6, 8), (4, 3, 4), heads=2, head_dim=16),
@@ -59,6 +73,123 @@ def test_flex_reads_bias_and_regions(case: WindowCase) -> None:
     qkv, table, _ = case.inputs(torch.float64)
     got = _flex(qkv, table, case, *_flex_constants(case, qkv.device))
     torch.testing.assert_close(got, eager_window_attention(qkv, table, case), rtol=1e-6, atol=1e-6)
+
+
+LOSS_CASES = {
+    "some slots unused": LossCase(70, 24, 61, 50, 33),
+    "all slots used": LossCase(40, 24, 64, 40, 40),
+    "rows in several slots": LossCase(20, 8, 16, 64, 64, duplicates=True),
+}
+
+
+def loss_and_gradients(function, inputs, grad, *more) -> dict:
+    """Loss, accuracy and gradients of `function(hidden, weight, bias, targets, index, *more)`, by name."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    loss, accuracy = function(*leaves, *inputs[3:], *more)
+    found = torch.autograd.grad(loss, leaves, grad.to(loss.dtype))
+    return dict(zip(("loss", "accuracy", "grad hidden", "grad weight", "grad bias"), (loss.detach(), accuracy, *found)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES.keys())
+@pytest.mark.parametrize("name", MASKED_LINEAR_CROSS_ENTROPY)
+def test_loss_baseline_is_within_budget(name: str, case: LossCase, dtype: torch.dtype) -> None:
+    if name == "eager compiled" and DEVICE == "cpu" and (case.used == case.slots or dtype != torch.float32):
+        pytest.skip("compiled once on a CPU, where that takes 10 s of g++")
+    torch._dynamo.reset()
+    baseline = MASKED_LINEAR_CROSS_ENTROPY[name]
+    if reasons := baseline.reasons(Spec(DEVICE, dtype, True, classes=case.classes)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    *inputs, grad = case.inputs(dtype, seed=1, device=DEVICE)
+    got = loss_and_gradients(baseline.function, inputs, grad, case)
+    eager = loss_and_gradients(eager_masked_linear_cross_entropy, inputs, grad)
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    oracle = loss_and_gradients(eager_masked_linear_cross_entropy, wide, grad)
+    accuracy = got.pop("accuracy")
+    assert (accuracy is None) == (baseline.lacks == "accuracy")
+    if accuracy is not None:
+        assert_accuracy(accuracy, *inputs)
+    eager["loss"] = eager["loss"].to(got["loss"].dtype)  # some return it in the dtype of hidden
+    for what in got:
+        assert_within_budget(got[what], eager[what], oracle[what], f"{name}, {what}")
+
+
+def plain_loss(rows, weight, labels, bias=None, ignore_index=-100):
+    return F.cross_entropy(F.linear(rows, weight, bias), labels, ignore_index=ignore_index)
+
+
+def fake_liger(rows, weight, labels, *, bias, accum_dtype, return_token_accuracy):
+    assert accum_dtype == torch.float32
+    assert return_token_accuracy
+    correct = F.linear(rows, weight, bias).argmax(1) == labels
+    return SimpleNamespace(loss=plain_loss(rows, weight, labels, bias), token_accuracy=correct.double().mean())
+
+
+def fake_cut(rows, weight, labels, bias, *, impl):
+    assert impl in ("cce", "cce_exact")
+    return plain_loss(rows, weight, labels, bias)
+
+
+def fake_quack(rows, weight, labels, *, ignore_index):
+    for size in (*rows.shape, *weight.shape[1:]):
+        assert size % 8 == 0
+    return plain_loss(rows, weight, labels, ignore_index=ignore_index)
+
+
+PACKAGES = {
+    "liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", fake_liger),
+    "cut cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", fake_cut),
+    "cut cross-entropy exact": ("cut_cross_entropy", "linear_cross_entropy", fake_cut),
+    "quack": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", fake_quack),
+}
+
+
+@pytest.mark.parametrize("case", LOSS_CASES.values(), ids=LOSS_CASES.keys())
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_for_cuda_get_what_they_take(name: str, case: LossCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a plain function in the place of the package's: rows, classes, bias and alignment are ours to arrange."""
+    path, function, fake = PACKAGES[name]
+    for i, part in enumerate(path.split(".")):
+        monkeypatch.setitem(sys.modules, ".".join(path.split(".")[: i + 1]), ModuleType(part))
+    setattr(sys.modules[path], function, fake)
+    *inputs, grad = case.inputs(torch.float64)
+    got = loss_and_gradients(MASKED_LINEAR_CROSS_ENTROPY[name].function, inputs, grad, case)
+    expected = loss_and_gradients(eager_masked_linear_cross_entropy, inputs, grad)
+    for what in got.keys() if got["accuracy"] is not None else got.keys() - {"accuracy"}:
+        torch.testing.assert_close(got[what], expected[what], msg=lambda message, what=what: f"{what}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["eager", "eager compiled"])
+def test_argmax_baseline_takes_the_largest(name: str, dtype: torch.dtype) -> None:
+    if name == "eager compiled" and DEVICE == "cpu" and dtype != torch.float32:
+        pytest.skip("compiled once on a CPU, where that takes 10 s of g++")
+    case = ArgmaxCase(200, 64, 513)
+    inputs = case.inputs(dtype, device=DEVICE)
+    assert_argmax(LINEAR_ARGMAX[name].function(*inputs, case), *inputs)
+
+
+def test_argmax_in_half_precision_has_ties_that_are_not_there() -> None:
+    case = ArgmaxCase(2000, 64, 8192)
+    inputs = case.inputs(torch.bfloat16, device=DEVICE)
+    with pytest.raises(AssertionError, match="are not the largest logit"):
+        assert_argmax(LINEAR_ARGMAX["eager half"].function(*inputs, case), *inputs)
+
+
+def test_reasons_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(name: str, device: str, dtype: torch.dtype) -> str:
+        return "; ".join(MASKED_LINEAR_CROSS_ENTROPY[name].reasons(Spec(device, dtype)))
+
+    assert "liger_kernel serves CUDA, not cpu" in why("liger", "cpu", torch.bfloat16)
+    assert "takes bfloat16 and float16, not torch.float32" in why("quack", "cuda", torch.float32)
+    without_bias = ModuleType("cut_cross_entropy")
+    without_bias.__spec__ = SimpleNamespace()  # type: ignore[assignment]
+    without_bias.linear_cross_entropy = lambda e, c, targets: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", without_bias)
+    assert why("cut cross-entropy", "cuda", torch.bfloat16).startswith("this version takes no bias: pip install git+")
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert "has no chunked linear_cross_entropy" in why("torch linear_cross_entropy", "cpu", torch.float32)
+    assert "is eager itself" in "; ".join(LINEAR_ARGMAX["eager half"].reasons(Spec("cpu", torch.float32)))
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

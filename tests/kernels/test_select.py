@@ -10,6 +10,7 @@ import torch
 from bevt_kernels import NoImplementation, Spec, native, resolve, select
 
 CPU = Spec("cpu", torch.float32)
+OPS = ("window_attention", "masked_linear_cross_entropy", "linear_argmax")
 
 
 @pytest.fixture
@@ -79,10 +80,10 @@ def test_refusal_lists_every_candidate_and_reason(offers: dict, impl: str) -> No
         assert line in str(error.value)
 
 
-@pytest.mark.parametrize("op", ["masked_linear_cross_entropy", "linear_argmax"])
-def test_what_no_version_has_yet_is_refused_by_name(op: str) -> None:
-    with pytest.raises(NoImplementation, match=f"triton: not available for {op} in this version"):
-        resolve(op, "triton", CPU)
+def test_what_an_op_does_not_have_is_refused_by_name(offers: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(select._supports["toy"], "triton")
+    with pytest.raises(NoImplementation, match="triton: not available for toy in this version"):
+        resolve("toy", "triton", CPU)
 
 
 def test_unknown_names() -> None:
@@ -90,11 +91,11 @@ def test_unknown_names() -> None:
         resolve("attention", "auto", CPU)
     with pytest.raises(ValueError, match="impl must be auto, triton, native, reference; got 'cuda'"):
         resolve("linear_argmax", "cuda", CPU)
-    with pytest.raises(ValueError, match="has no implementation 'cuda'; it has reference, native"):
+    with pytest.raises(ValueError, match="has no implementation 'cuda'; it has triton, native, reference"):
         torch.ops.bevt_kernels.linear_argmax(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), "cuda")
 
 
-@pytest.mark.parametrize("op", ["window_attention", "linear_argmax"])
+@pytest.mark.parametrize("op", OPS)
 def test_native_is_for_the_cpu_and_not_for_float64(op: str) -> None:
     assert "serves the CPU, not cuda" in select.reasons(op, "native", Spec("cuda", torch.float32))
     assert "takes float32, bfloat16 and float16, not torch.float64" in select.reasons(
@@ -104,7 +105,7 @@ def test_native_is_for_the_cpu_and_not_for_float64(op: str) -> None:
 
 
 @pytest.mark.skipif(not native.loaded(), reason=f"native library {native.status()}")
-@pytest.mark.parametrize("op", ["window_attention", "linear_argmax"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_auto_is_native_on_the_cpu(op: str, dtype: torch.dtype) -> None:
     assert resolve(op, "auto", Spec("cpu", dtype, needs_grad=True)) == "native"
@@ -132,7 +133,7 @@ def test_native_library_says_what_is_wrong(
     loaded, status = native.load(path)
     monkeypatch.setattr(native, "_loaded", loaded)
     monkeypatch.setattr(native, "_status", status)
-    for op in ("window_attention", "linear_argmax"):
+    for op in OPS:
         assert resolve(op, "auto", CPU) == "reference"
         with pytest.raises(NoImplementation) as error:
             resolve(op, "native", CPU)

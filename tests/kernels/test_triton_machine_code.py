@@ -18,10 +18,39 @@ LOOP = """
 """
 
 
-def test_loops_are_counted_from_label_to_branch() -> None:
-    aot = pytest.importorskip("benchmarks.aot", reason="needs triton: pip install triton")
-    (loop,) = aot.loops("        /*0000*/ MOV R0, R1 ;" + LOOP + "        /*0050*/ EXIT ;")
-    assert aot.mnemonics(loop) == {"LDG.E": 1, "HMMA.16816.F32": 1, "MUFU.EX2": 1, "STL": 1, "BRA": 1}
+NESTED = """
+ .L_x_0:
+        /*0000*/                   FADD R4, R4, R5 ;
+ .L_x_1:
+        /*0010*/                   LDL R1, [R1+0x4] ;
+        /*0020*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   FSETP.GTU.AND P0, PT, R4, R5, PT ;
+        /*0050*/               @P2 BRA `(.L_x_0) ;
+"""
+
+
+@pytest.fixture
+def aot():
+    return pytest.importorskip("benchmarks.aot", reason="needs triton: pip install triton")
+
+
+def test_loops_are_counted_from_label_to_branch(aot) -> None:
+    code, (loop,) = aot.loops("        /*0000*/ MOV R0, R1 ;" + LOOP + "        /*0050*/ EXIT ;")
+    found = aot.mnemonics(code[loop.start : loop.stop])
+    assert found == {"LDG.E": 1, "HMMA.16816.F32": 1, "MUFU.EX2": 1, "STL": 1, "BRA": 1}
+
+
+def test_a_main_loop_is_known_by_its_mark(aot) -> None:
+    whole, product = aot.main_loop(LOOP, "MUFU.EX2", 1)
+    assert (whole.total(), product.total()) == (5, 0), "a product beside the mark belongs to the main loop"
+    assert aot.main_loop(LOOP, "MUFU.EX2", 2) is None
+
+
+def test_the_loop_of_the_product_within_is_told_apart(aot) -> None:
+    whole, product = aot.main_loop(NESTED, "FSETP.GTU.AND", 1)
+    assert product == {"LDL": 1, "HGMMA.64x256x16.F32.BF16": 1, "BRA": 1}
+    assert whole - product == {"FADD": 1, "FSETP.GTU.AND": 1, "BRA": 1}
 
 
 @pytest.mark.slow

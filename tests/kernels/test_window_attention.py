@@ -5,14 +5,12 @@ import math
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
-from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bevt_kernels import native, window_attention
+from bevt_kernels import window_attention
 from bevt_kernels.testing import (
     WindowCase,
     assert_within_budget,
@@ -21,43 +19,11 @@ from bevt_kernels.testing import (
     relative_index,
 )
 from bevt_kernels.window_attention import autograd, boxes, reference
+from targets import NATIVE, REFERENCE, TARGETS, TRITON, Target, each_dtype
 from torch.utils.flop_counter import FlopCounterMode
 
 OPS = torch.ops.bevt_kernels
 
-
-class Target(NamedTuple):
-    """An implementation under test."""
-
-    impl: str
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    device: str = "cpu"
-    missing: str = ""
-    """Why it cannot run here, and how it could."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """For properties that hold in any: on a GPU the one that models run in, float32 having paths of its own."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
-
-    @property
-    def interpreted(self) -> bool:
-        """Triton's kernels on a CPU, at a tenth of a second for a box and head."""
-        return self.impl == "triton" and self.device == "cpu"
-
-    def param(self, *more: object) -> object:
-        skip = pytest.mark.skipif(bool(self.missing), reason=self.missing)
-        return pytest.param(self, *more, marks=skip, id="-".join(map(str, (self.impl, *more))))
-
-
-REFERENCE = Target("reference")
-NATIVE = Target("native", missing="" if native.loaded() else f"native library {native.status()}")
-TRITON = Target("triton", missing="" if find_spec("triton") else "needs triton: pip install triton")
-if torch.cuda.is_available():
-    TRITON = TRITON._replace(device="cuda")
-else:  # under Triton's interpreter (conftest.py), which gets products of bfloat16 wrong
-    TRITON = TRITON._replace(dtypes=(torch.float32, torch.float16))
-TARGETS = [REFERENCE, NATIVE, TRITON]
 
 CASES = {
     "8x7x7": WindowCase(1, (8, 14, 14), (8, 7, 7), heads=2, head_dim=32),
@@ -75,9 +41,6 @@ CASES = {
     "wide heads": WindowCase(1, (2, 4, 4), (2, 4, 2), (0, 1, 0), heads=1, head_dim=128),
 }
 SMALL = WindowCase(1, (2, 6, 2), (2, 3, 2), (1, 1, 1), (2, 4, 2), heads=2, head_dim=2)
-
-
-each_dtype = pytest.mark.parametrize(("target", "dtype"), [t.param(dtype) for t in TARGETS for dtype in t.dtypes])
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())

@@ -11,7 +11,7 @@ from bevt_kernels import NoImplementation
 from torch import nn
 
 from bevt.config import ModelConfig
-from bevt.models.bevt import BEVT, ImageDecoder, MaskedInput, PatchExpand, VideoDecoder, masked_slots
+from bevt.models.bevt import BEVT, ImageDecoder, MaskedInput, PatchExpand, Stream, VideoDecoder, masked_slots
 
 TINY = ModelConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 3, 3), drop_path=0.0)
 
@@ -52,6 +52,25 @@ def test_loss_is_the_mean_over_masked_positions_alone(model: BEVT) -> None:
         mask = x.mask.repeat_interleave(2, dim=1) if stream == "clips" else x.mask
         torch.testing.assert_close(loss, F.cross_entropy(logits[mask], x.codes[mask]), rtol=1e-5, atol=1e-6)
         assert accuracy.item() == pytest.approx((logits[mask].argmax(-1) == x.codes[mask]).float().mean().item())
+
+
+@pytest.mark.parametrize("spare", [0, 7])
+@pytest.mark.parametrize("stream", ["clips", "images"])
+def test_masked_positions_alone_equal_the_dense_form(stream: Stream, spare: int) -> None:
+    """Loss, accuracy and every gradient, in float64, whatever the capacity."""
+    torch.manual_seed(0)
+    model = BEVT(TINY, 50, [stream], dtype=torch.float64).double()
+    x = _inputs()[stream]
+    mask = x.mask.repeat_interleave(2, dim=1) if stream == "clips" else x.mask
+    x = replace(x, pixels=x.pixels.double(), slots=int(mask.sum()) + spare, codes=x.codes.masked_fill(~mask, -1))
+    logits = model.head(model.decode(stream, x.pixels, x.mask))[mask]
+    dense = F.cross_entropy(logits, x.codes[mask])
+    loss, accuracy = model.stream_loss(stream, x)
+    torch.testing.assert_close(loss, dense)
+    assert accuracy.item() == pytest.approx((logits.argmax(-1) == x.codes[mask]).double().mean().item())
+    grads, expected = (torch.autograd.grad(y, list(model.parameters())) for y in (loss, dense))
+    for (name, _), got, want in zip(model.named_parameters(), grads, expected):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_codes_of_visible_positions_do_not_matter(model: BEVT) -> None:

@@ -59,7 +59,7 @@ def test_against_a_direct_computation(held_out: Config, model: BEVT, tokenizer: 
     model.eval()
     with torch.no_grad():
         for batch in eval_batches(held_out):
-            for stream, x in masked_inputs(batch, tokenizer, held_out).items():
+            for stream, x in masked_inputs(batch, tokenizer, held_out, CPU).items():
                 mask = x.mask.repeat_interleave(2, dim=1) if stream == "clips" else x.mask
                 logits = model.head(model.decode(stream, x.pixels, x.mask))  # type: ignore[arg-type]
                 pooled[stream].append((logits[mask], x.codes[mask]))

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevt import tokenizers
 from bevt.config import Config
+from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models.bevt import BEVT
+from bevt.tokenizers import Tokenizer
 from bevt.train.distributed import World
 from bevt.train.loop import build_model
 from bevt.train.optim import build_optimizer
-from bevt.train.step import StepResult, TrainStep
+from bevt.train.step import NO_TOKEN, StepResult, TrainStep, masked_inputs
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -207,3 +209,60 @@ def test_nothing_waits_for_the_device(config: Config, batch: Batch) -> None:
         float(result.values["loss"])
         batch.clips[batch.clip_masks[:, 0, 0, 0]]  # type: ignore[index]
     assert waits.found == ["aten::_local_scalar_dense", "aten::index.Tensor"]
+
+
+class Counting:
+    """A tokenizer that remembers what it was asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.frames: list[int] = []
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pass on."""
+        self.frames.append(len(pixels))
+        return self.tokenizer.encode(pixels)
+
+
+def test_only_frames_with_a_masked_position_are_tokenised(plain: Config, batch: Batch) -> None:
+    """In one call for both streams; they get the tokens they would get among all frames, the others none."""
+    assert batch.clips is not None
+    assert batch.clip_masks is not None
+    assert batch.images is not None
+    assert batch.image_masks is not None
+    assert batch.image_jitter is not None
+    clip_masks, image_masks = batch.clip_masks.clone(), batch.image_masks.clone()
+    clip_masks[0, 1] = clip_masks[2] = False  # half of a clip, a whole one
+    image_masks[5] = False
+    tokenizer = Counting(tokenizers.build(plain.tokenizer, WORLD.device))
+    inputs = masked_inputs(
+        replace(batch, clip_masks=clip_masks, image_masks=image_masks),
+        tokenizer,  # type: ignore[arg-type]
+        plain,
+        WORLD.device,
+    )
+    assert tokenizer.frames == [2 + 4 + 0 + 4 + 7]
+    images = augment.color_jitter(batch.images, batch.image_jitter)
+    for stream, frames, used in (
+        ("clips", batch.clips.flatten(0, 1), clip_masks.flatten(2).any(2).repeat_interleave(2, 1)),
+        ("images", images, image_masks.flatten(1).any(1)),
+    ):
+        everywhere = tokenizer.tokenizer.encode(augment.tokenizer_view(frames, 32)).view_as(inputs[stream].codes)
+        assert torch.equal(inputs[stream].codes[used], everywhere[used]), stream
+        assert bool((inputs[stream].codes[~used] == NO_TOKEN).all()), stream
+
+
+def test_nothing_is_masked(plain: Config, batch: Batch) -> None:
+    """No frame is tokenised, and nothing breaks."""
+    assert batch.image_masks is not None
+    alone = replace(batch, clips=None, clip_masks=None, image_masks=torch.zeros_like(batch.image_masks))
+    inputs = masked_inputs(alone, tokenizers.build(plain.tokenizer, WORLD.device), plain, WORLD.device)
+    assert bool((inputs["images"].codes == NO_TOKEN).all())
+
+
+@pytest.mark.parametrize("stream", ["clip_masks", "image_masks"])
+def test_masks_on_a_device_are_refused(plain: Config, batch: Batch, stream: str) -> None:
+    """Looking at them would wait for it."""
+    moved = replace(batch, **{stream: getattr(batch, stream).to("meta")})
+    with pytest.raises(ValueError, match=r"masks must be on the CPU .*, these are on meta"):
+        masked_inputs(moved, tokenizers.build(plain.tokenizer, WORLD.device), plain, WORLD.device)

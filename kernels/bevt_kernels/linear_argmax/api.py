@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bevt_kernels.linear_argmax.ops import op
-from bevt_kernels.registration import require, require_same_device, statistics_dtype
+from bevt_kernels.registration import require, require_same_device, require_tensors, statistics_dtype
 from bevt_kernels.select import Spec, resolve
 
 
@@ -26,6 +26,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto"
     Raises:
         ValueError: a shape, dtype or device that does not fit. NoImplementation (a ValueError): `impl` cannot serve.
     """
+    require_tensors(x=x, weight=weight, bias=bias)
     require(
         x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1],
         f"x must be (M, C) and weight (V, C), got {tuple(x.shape)} and {tuple(weight.shape)}",

@@ -10,8 +10,9 @@ from torch import Tensor
 from bevt_kernels import native
 from bevt_kernels.linear_argmax import reference
 from bevt_kernels.registration import define
-from bevt_kernels.select import float_reasons, register
+from bevt_kernels.select import float_reasons, register, triton_reasons
 
+register("linear_argmax", "triton", triton_reasons)
 register("linear_argmax", "native", native.reasons)
 register("linear_argmax", "reference", float_reasons)
 
@@ -19,6 +20,12 @@ register("linear_argmax", "reference", float_reasons)
 def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     native.require("linear_argmax")
     return torch.ops.bevt_kernels.linear_argmax_native(x, weight, bias)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from bevt_kernels.linear_argmax import triton_forward
+
+    return triton_forward.linear_argmax(x, weight, bias)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,7 +39,7 @@ def _flops(x: Sequence[int], weight: Sequence[int], bias: Sequence[int]) -> int:
 op = define(
     "linear_argmax",
     "(Tensor x, Tensor weight, Tensor bias, str impl) -> Tensor",
-    {"reference": reference.linear_argmax, "native": _native},
+    {"triton": _triton, "native": _native, "reference": reference.linear_argmax},
     _fake,
     _flops,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bevt_kernels.masked_linear_cross_entropy.autograd import forward
-from bevt_kernels.registration import require, require_same_device, statistics_dtype
+from bevt_kernels.masked_linear_cross_entropy.autograd import op
+from bevt_kernels.registration import require, require_same_device, require_tensors, statistics_dtype
 from bevt_kernels.select import Spec, resolve
 
 
@@ -14,6 +14,8 @@ def masked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of a linear layer over selected rows, and its top-1 accuracy, without whole logits.
+
+    Where a gradient will be wanted, this call computes it: the backward pass only scales what the call has kept.
 
     Args:
         hidden: (M, C) float32, bfloat16, float16 or float64. Under autocast it is cast as a linear layer would.
@@ -32,16 +34,19 @@ def masked_linear_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; on the CPU also an index or target out of range in a
-            used slot. On CUDA, where looking would cost a sync, that is a device-side assertion. NoImplementation (a
-            ValueError): `impl` cannot serve. NotImplementedError: a second derivative.
+            used slot. On CUDA, where looking would cost a sync, that makes the loss NaN ("triton") or is a device-side
+            assertion ("reference"). NoImplementation (a ValueError): `impl` cannot serve. NotImplementedError: a
+            second derivative.
     """
+    require_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets, index=index)
     device = hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     _check(hidden, weight, bias, targets, index)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad)
-    name = resolve("masked_linear_cross_entropy", impl, Spec(device, hidden.dtype, needs_grad))
-    return forward(hidden, weight, bias, targets, index, name)
+    output_mask = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)]
+    spec = Spec(device, hidden.dtype, any(output_mask), classes=len(weight))
+    name = resolve("masked_linear_cross_entropy", impl, spec)
+    return op(hidden, weight, bias, targets, index, output_mask, name)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor) -> None:

@@ -1,14 +1,16 @@
 """Masked linear cross-entropy in plain PyTorch: the specification every implementation is judged against.
 
-`masked_linear_cross_entropy` is the specification: differentiable, all logits at once. `forward` and `backward` are the
-same by formula (README.md), a few rows at a time, so the (K, V) logits are never whole: a chunk holds about 2**20 of
-them on the CPU, 2**24 elsewhere (`registration.chunks`). Products are in the dtype of `hidden`, as the linear layer's
-would be; sums, softmax and the gradients' accumulators are float32 (float64 for float64).
+`masked_linear_cross_entropy` is the specification: differentiable, all logits at once. `forward` is the op: the same by
+formula (README.md), gradients included, a few rows at a time, so the (K, V) logits are never whole: a chunk holds about
+2**20 of them on the CPU, 2**24 elsewhere (`registration.chunks`). Products are in the dtype of `hidden`, as the linear
+layer's would be; sums, softmax and the gradients' accumulators are float32 (float64 for float64).
 
 Letters: M rows, C channels, V classes, K slots.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,73 +32,40 @@ def masked_linear_cross_entropy(
     return loss, (logits.argmax(1) == targets[used]).sum() / count.to(loss.dtype)
 
 
-def _check_on_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor) -> None:
-    """Raise ValueError for an index or target out of range in a used slot, where looking does not cost a sync."""
-    if hidden.device.type != "cpu":
-        return
-    bad = (index != -1) & ((index < 0) | (index >= len(hidden)) | (targets < 0) | (targets >= len(weight)))
-    if bad.any():
-        slot = int(bad.nonzero()[0])
-        raise ValueError(
-            f"slot {slot} has index {int(index[slot])} and target {int(targets[slot])}: an index must be -1 (unused) "
-            f"or a row 0..{len(hidden) - 1} of hidden, a target a class 0..{len(weight) - 1}"
-        )
-
-
-class _Rows:
-    """What `forward` and `backward` share: which slots are used, and the logits of a chunk of slots."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor) -> None:
-        used = index != -1
-        self.hidden, self.weight, self.bias = hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)
-        self.unused = ~used
-        self.index, self.targets = index.where(used, 0), targets.where(used, 0)
-        self.count = used.sum().clamp(min=1)
-
-    def chunks(self) -> list[slice]:
-        return list(chunks(len(self.index), len(self.weight), self.hidden.device))
-
-    def rows(self, slots: slice) -> Tensor:
-        """(k, C): zeros for an unused slot, so that nothing in `hidden` reaches a sum through it."""
-        if len(self.hidden) == 0:
-            return self.hidden.new_zeros(slots.stop - slots.start, self.hidden.shape[1])
-        return self.hidden.index_select(0, self.index[slots]).masked_fill_(self.unused[slots, None], 0)
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """(k, V) in the statistics' dtype."""
-        return torch.addmm(self.bias, rows, self.weight.t()).to(statistics_dtype(rows.dtype))
-
-
-def forward(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The op's forward: loss () and accuracy ()."""
-    _check_on_cpu(hidden, weight, targets, index)
-    x = _Rows(hidden, weight, bias, targets, index)
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op: loss (), accuracy (), and the gradients of the sum of the slots' losses that `output_mask` asks for."""
     dtype = statistics_dtype(hidden.dtype)
-    losses, correct = hidden.new_empty(len(index), dtype=dtype), torch.empty_like(x.unused)
-    for slots in x.chunks():
-        logits = x.logits(x.rows(slots))
-        target = x.targets[slots, None]
-        losses[slots] = logits.logsumexp(1) - logits.gather(1, target).squeeze(1)
-        correct[slots] = (logits.argmax(1, keepdim=True) == target).squeeze(1)
-    loss = losses.masked_fill_(x.unused, 0).sum() / x.count
-    return loss, (correct & ~x.unused).sum() / x.count.to(dtype)
-
-
-def backward(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's backward: gradients to `hidden`, `weight` and `bias`, each in its own dtype. Logits are recomputed."""
-    x = _Rows(hidden, weight, bias, targets, index)
-    dtype = statistics_dtype(hidden.dtype)
-    grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t, dtype=dtype) for t in (hidden, weight, bias))
-    per_row = (grad_loss / x.count).expand(len(index)).masked_fill(x.unused, 0).unsqueeze(1)
-    for slots in x.chunks():
-        rows = x.rows(slots)
-        grad = x.logits(rows).softmax(1)  # not exp(logits - lse): lse's rounding would break the error rule in float32
-        grad.scatter_add_(1, x.targets[slots, None], grad.new_full((len(rows), 1), -1)).mul_(per_row[slots])
-        grad_bias += grad.sum(0)
-        grad = grad.to(hidden.dtype)
-        grad_weight += grad.t() @ rows
+    low, low_bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    used = index != -1
+    if hidden.device.type == "cpu":  # where it costs no sync, unused slots are left out
+        index, targets, used = index[used], targets[used], used[used]
+    index, targets, unused = index.where(used, 0), targets.where(used, 0), ~used[:, None]
+    losses, correct = hidden.new_zeros((), dtype=dtype), hidden.new_zeros((), dtype=dtype)
+    grad_hidden, grad_weight, grad_bias = (
+        torch.zeros(x.shape if wanted else (0,), dtype=dtype, device=x.device)
+        for x, wanted in zip((hidden, weight, bias), output_mask)
+    )
+    for slots in chunks(len(index), len(weight), hidden.device):
+        # Zeros for an unused slot, so that nothing in `hidden` (NaN, say) reaches a sum through it.
+        rows = hidden.new_zeros(len(index[slots]), hidden.shape[1])
         if len(hidden):
-            grad_hidden.index_add_(0, x.index[slots], (grad @ x.weight).to(dtype))
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+            rows = hidden.index_select(0, index[slots]).masked_fill_(unused[slots], 0)
+        logits = torch.addmm(low_bias, rows, low.t()).to(dtype)
+        target, empty = targets[slots, None], unused[slots]
+        losses -= logits.log_softmax(1).gather(1, target).masked_fill_(empty, 0).sum()
+        correct += (logits.argmax(1, keepdim=True) == target).masked_fill_(empty, False).sum()
+        if not any(output_mask):
+            continue
+        grad = logits.softmax(1)  # not exp(logits - lse): lse's rounding would break the error rule in float32
+        grad.scatter_add_(1, target, grad.new_full((len(rows), 1), -1)).masked_fill_(empty, 0)
+        if output_mask[2]:
+            grad_bias += grad.sum(0)
+        grad = grad.to(hidden.dtype)
+        if output_mask[1]:
+            grad_weight += grad.t() @ rows
+        if output_mask[0] and len(hidden):
+            grad_hidden.index_add_(0, index[slots], (grad @ low).to(dtype))
+    count = used.sum().clamp(min=1)
+    return losses / count, correct / count, grad_hidden.to(hidden.dtype), grad_weight, grad_bias

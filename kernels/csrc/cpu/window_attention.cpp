@@ -4,7 +4,6 @@
 #include "window_attention.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -12,36 +11,17 @@
 #include <atomic>
 #include <memory>
 #include <new>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "instructions.h"
 #include "window_attention_kernel.h"
 
 namespace bevt_kernels {
 namespace {
 
-// As torch chooses its own kernels: ATEN_CPU_CAPABILITY=default, avx2 or avx512 overrules what the machine has.
-const WindowAttentionKernels& choose_kernels() {
-#ifdef BEVT_X86_KERNELS
-  const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) {
-    TORCH_CHECK(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-                "this processor has no AVX-512 (F, BW, VL, DQ): unset ATEN_CPU_CAPABILITY");
-    return avx512::window_attention;
-  }
-  if (capability == "AVX2") {
-    TORCH_CHECK(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                "this processor has no AVX2 with FMA: unset ATEN_CPU_CAPABILITY");
-    return avx2::window_attention;
-  }
-#endif
-  return baseline::window_attention;
-}
-
 const WindowAttentionKernels& kernels() {
-  static const WindowAttentionKernels& chosen = choose_kernels();
+  static const WindowAttentionKernels& chosen = BEVT_CHOOSE(window_attention);
   return chosen;
 }
 

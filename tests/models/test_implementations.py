@@ -1,4 +1,4 @@
-"""The whole BEVT model on the attention's implementations: trained, and with a compiled encoder."""
+"""The whole BEVT model on the implementations of attention and loss: trained, and with a compiled encoder."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def inputs(dtype: torch.dtype, seed: int = 0) -> dict[str, MaskedInput]:
 def models() -> dict[str, BEVT]:
     """By implementation, with equal weights; "oracle" is the reference in float64."""
     torch.manual_seed(0)
-    reference = BEVT(replace(CONFIG, attention_impl="reference"), CODES)
-    ours = BEVT(replace(CONFIG, attention_impl="native"), CODES)
+    reference = BEVT(replace(CONFIG, attention_impl="reference", loss_impl="reference"), CODES)
+    ours = BEVT(replace(CONFIG, attention_impl="native", loss_impl="native"), CODES)
     ours.load_state_dict(reference.state_dict())
     return {"native": ours, "reference": reference, "oracle": copy.deepcopy(reference).double()}
 

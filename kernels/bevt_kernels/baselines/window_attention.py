@@ -1,10 +1,7 @@
-"""What others offer for window attention, in its strongest fair form: the rivals of benchmarks, checked by tests.
+"""Rivals of window attention: functions (qkv, bias_table, case) -> out, differentiable in both tensors.
 
-A baseline is a function (qkv, bias_table, case) -> out with the shapes of `bevt_kernels.window_attention`,
-differentiable in both tensors. What a module would make once and keep as a buffer (index, border mask, block mask) is
-made on the first call with a case and kept, so that no timed call makes it. A compiled baseline compiles on the first
-call with a case; `fullgraph` makes torch's limit of recompilations an error, where it would else run eagerly, so call
-`torch._dynamo.reset()` between many cases.
+What a module would make once and keep as a buffer (index, border mask, block mask) is made on the first call with a
+case and kept, so that no timed call makes it.
 
 Letters: B clips, n windows a clip, h heads, N tokens of a window, d head dimension.
 """
@@ -12,30 +9,16 @@ Letters: B clips, n windows a clip, h heads, N tokens of a window, d head dimens
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import shutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevt_kernels.select import Spec, Supports, float_reasons
+from bevt_kernels.baselines.common import Baseline, compile_reasons, compiled, package_reasons
+from bevt_kernels.select import Spec, float_reasons
 from bevt_kernels.testing import WindowCase, relative_index
 from bevt_kernels.window_attention import reference
-
-
-class Baseline(NamedTuple):
-    """One rival."""
-
-    function: Callable[[Tensor, Tensor, WindowCase], Tensor]
-    """(qkv, bias_table, case) -> out."""
-    reasons: Supports
-    """Why it cannot serve a spec; empty where it can."""
-    package: str = "torch"
-    """The distribution whose version it depends on."""
 
 
 @functools.lru_cache(maxsize=16)  # a model has 7 cases
@@ -91,14 +74,9 @@ def eager(qkv: Tensor, bias_table: Tensor, case: WindowCase) -> Tensor:
     return _eager(qkv, bias_table, case, *_constants(qkv, case))
 
 
-@functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def eager_compiled(qkv: Tensor, bias_table: Tensor, case: WindowCase) -> Tensor:
     """`eager` under torch.compile."""
-    return _compiled(_eager)(qkv, bias_table, case, *_constants(qkv, case))
+    return compiled(_eager)(qkv, bias_table, case, *_constants(qkv, case))
 
 
 def _folded(windows: Tensor, case: WindowCase) -> Tensor:
@@ -175,21 +153,11 @@ def flex(qkv: Tensor, bias_table: Tensor, case: WindowCase) -> Tensor:
 
     The roll and the partition are compiled with it.
     """
-    return _compiled(_flex)(qkv, bias_table, case, *_flex_constants(case, qkv.device))
-
-
-def _compile_reasons(spec: Spec) -> list[str]:
-    reasons = float_reasons(spec)
-    compiler = os.environ.get("CXX", "g++")
-    if spec.device == "cpu" and shutil.which(compiler) is None:
-        reasons.append(f"torch.compile needs a C++ compiler on the CPU, and there is no {compiler}: install g++")
-    if spec.device == "cuda" and importlib.util.find_spec("triton") is None:
-        reasons.append("torch.compile needs triton on CUDA: pip install triton")
-    return reasons
+    return compiled(_flex)(qkv, bias_table, case, *_flex_constants(case, qkv.device))
 
 
 def _flex_reasons(spec: Spec) -> list[str]:
-    reasons = _compile_reasons(spec)
+    reasons = compile_reasons(spec)
     if spec.device == "cpu":
         reasons.append("FlexAttention has no backward on the CPU")
     if spec.head_dim is not None and spec.head_dim < 16:  # torch/_inductor/kernel/flex
@@ -197,20 +165,11 @@ def _flex_reasons(spec: Spec) -> list[str]:
     return reasons
 
 
-def _xformers_reasons(spec: Spec) -> list[str]:
-    reasons = float_reasons(spec)
-    if importlib.util.find_spec("xformers") is None:
-        reasons.append("xformers is not installed: pip install xformers")
-    if spec.device != "cuda":
-        reasons.append(f"xformers serves CUDA, not {spec.device}")
-    return reasons
-
-
 WINDOW_ATTENTION: dict[str, Baseline] = {
     "eager": Baseline(eager, float_reasons),
-    "eager compiled": Baseline(eager_compiled, _compile_reasons),
+    "eager compiled": Baseline(eager_compiled, compile_reasons),
     "sdpa": Baseline(sdpa, float_reasons),
     "flex": Baseline(flex, _flex_reasons),
-    "xformers": Baseline(xformers, _xformers_reasons, "xformers"),
+    "xformers": Baseline(xformers, package_reasons("xformers"), "xformers"),
 }
 """By the name that a benchmark's row carries."""

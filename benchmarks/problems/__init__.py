@@ -1,0 +1,42 @@
+"""A registry case made runnable: inputs, contestants, the truth, and the work that it takes at least."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.problems.base import Contestant, Leaves, Problem, Work
+from benchmarks.problems.models import MaskedHead, PretrainStep, VideoSwinStep
+from benchmarks.problems.ops import LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
+from benchmarks.registry import OPS, PER_CLIP
+
+__all__ = [
+    "KINDS",
+    "Contestant",
+    "Leaves",
+    "LinearArgmax",
+    "MaskedHead",
+    "MaskedLinearCrossEntropy",
+    "PretrainStep",
+    "Problem",
+    "VideoSwinStep",
+    "WindowAttention",
+    "Work",
+    "build",
+]
+
+KINDS: dict[str, type[Problem]] = {
+    "window_attention": WindowAttention,
+    "video_swin_step": VideoSwinStep,
+    "masked_linear_cross_entropy": MaskedLinearCrossEntropy,
+    "linear_argmax": LinearArgmax,
+    "masked_head": MaskedHead,
+    "pretrain_step": PretrainStep,
+}
+
+
+def build(op: str, case: str, device: str) -> Problem:
+    """The problem of a registry case. Raises KeyError where it has no batch for the device."""
+    entry = OPS[op].cases[case]
+    n = entry.batch[device]
+    grown = {name: n * getattr(entry.case, name) for name in PER_CLIP if hasattr(entry.case, name)}
+    return KINDS[op](replace(entry.case, **grown), device)

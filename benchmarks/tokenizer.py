@@ -1,0 +1,179 @@
+"""`python -m benchmarks.tokenizer`: what tokenizing only frames with a masked position saves, and what layout,
+compilation and precision do; rows in benchmarks/results/tokenizer.jsonl.
+
+The DALL-E encoder of published size with random weights. Tube lengths of the joint recipe are uniform over 4..8 of 8
+steps, so the mean over one mask of each length, timed in turns, is the expected time; at length 8 all frames are
+tokenized. One CPU thread takes about 4 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import rows, timing, verify
+from bevt import masking
+from bevt.config import Config, TokenizerConfig
+from bevt.data.batch import Batch
+from bevt.recipes.pretrain import joint_stage
+from bevt.tokenizers import Tokenizer
+from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
+from bevt.train.step import NO_TOKEN, masked_inputs
+
+DRAWS = 20000
+"""Masks of which the expected share of tokenized frames is taken."""
+CLIPS = {"cpu": 1, "cuda": 8}
+FRAMES = {"cpu": 2, "cuda": 128}
+"""At a time, where layout, compilation and precision are compared."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code, 1 where the tokens are not those of tokenizing everything."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=float, default=90.0, help="for the timed rounds of each of the two cases")
+    parser.add_argument("--compiled", action="store_true", help="on the CPU, the compiled encoder too (CUDA: always)")
+    parser.add_argument("--out", type=Path, default=verify.ROOT / "benchmarks" / "results" / "tokenizer.jsonl")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    common = {**rows.environment(args.device), "op": "tokenizer", "device": args.device, "threads": args.threads}
+    encoder = random_encoder()
+    done = [
+        {**common, **row}
+        for row in (
+            *masked_frames(joint_stage(), DalleTokenizer(copy.deepcopy(encoder)).to(args.device), args),
+            *variants(encoder, args),
+        )
+    ]
+    rows.save(args.out, done)
+    for row in done:
+        gain = "".join(f", {value:.3f} times as fast as {rival}" for rival, value in row["speedup"].items())
+        print(f"{row['quantity']}, {row['contestant']}: {row['p50_ms']:.5g} ms{gain}")
+    return 0
+
+
+def random_encoder() -> DalleEncoder:
+    """Its codes differ from place to place: a head's bias that takes the mean of the logits away sees to it."""
+    torch.manual_seed(0)
+    encoder = DalleEncoder().requires_grad_(False)
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    means = DalleTokenizer(encoder).rows(torch.rand(2, 3, 112, 112)).mean(0) @ encoder.head.weight.flatten(1).T
+    encoder.head.get_parameter("bias").sub_(means)
+    return encoder
+
+
+def masked_frames(config: Config, tokenizer: DalleTokenizer, args: argparse.Namespace) -> list[rows.Row]:
+    """Clips alone: of the joint micro-batch's images, eight a clip, every one has masked positions."""
+    device, side = torch.device(args.device), config.data.crop // 16
+    grid = (config.data.frames // 2, side, side)
+    share = float(masking.generate(config.clip_mask, np.arange(DRAWS), grid).any((2, 3)).mean())
+    clips = CLIPS[args.device]
+    pixels = torch.randint(256, (clips, config.data.frames, config.data.crop, config.data.crop, 3), dtype=torch.uint8)
+
+    def batch(length: int) -> Batch:
+        tube = replace(config.clip_mask, tube=(length / grid[0], length / grid[0]))
+        mask = torch.from_numpy(masking.generate(tube, np.arange(clips), grid))
+        return Batch(clips=pixels, clip_masks=mask, images=None, image_masks=None, image_jitter=None)
+
+    def codes(length: int) -> Tensor:
+        return masked_inputs(batch(length), tokenizer, config, device)["clips"].codes
+
+    lengths = range(int(config.clip_mask.tube[0] * grid[0]), grid[0] + 1)
+    everywhere = codes(grid[0])
+    for length in lengths:
+        found = codes(length)
+        used = found != NO_TOKEN
+        equal = float((found == everywhere)[used].float().mean())
+        print(
+            f"{length} of {grid[0]} steps masked: {100 * equal:.2f} % of the codes are those of all frames", flush=True
+        )
+        if equal < 0.995 or used.sum() != 2 * length * clips * side * side:
+            raise SystemExit("the tokens are not those of tokenizing everything: nothing is timed")
+    times = _times({str(length): lambda n=length: codes(n) for length in lengths}, args)
+    whole = times[str(grid[0])]
+    ratio = sum(times.values()) / len(lengths) / whole
+    saving = 1 - float(np.median(ratio))
+    print(f"{100 * share:.2f} % of the frames hold a masked position ({DRAWS} draws); time saved: {100 * saving:.1f} %")
+    extra: rows.Row = {
+        "case": "joint recipe's clips",
+        "dtype": tokenizer.implementations["tokenizer precision"],
+        "quantity": f"{clips} clips",
+        "tokenizer": tokenizer.implementations,
+    }
+    return [
+        {**extra, "contestant": "all frames", **_statistics(whole)},
+        {
+            **extra,
+            "contestant": "masked frames",
+            **_statistics(ratio * whole),
+            "share_of_frames": share,
+            "saving": saving,
+            "speedup": {"all frames": float(np.median(1 / ratio))},
+        },
+    ]
+
+
+def variants(encoder: DalleEncoder, args: argparse.Namespace) -> list[rows.Row]:
+    """Encoding alone: as published in float32 (contiguous, eager), in channels-last, compiled, in half precision."""
+    cuda = args.device == "cuda"
+    settings: dict[str, dict[str, Any]] = {"channels last": {"precision": "float32", "compile": "no"}}
+    if cuda or args.compiled:
+        settings["compiled"] = {"precision": "float32", "compile": "yes"}
+    for precision in ("float16", "bfloat16") if cuda else ():
+        settings[precision] = {"precision": precision, "compile": "no"}
+        settings[f"{precision}, compiled"] = {"precision": precision, "compile": "yes"}
+    contestants: dict[str, Tokenizer] = {"contiguous": DalleTokenizer(copy.deepcopy(encoder))}
+    contestants["contiguous"].encoder.to(args.device)  # type: ignore[attr-defined]
+    for name, keys in settings.items():
+        contestants[name] = DalleTokenizer(copy.deepcopy(encoder), TokenizerConfig(**keys)).to(args.device)
+    frames = FRAMES[args.device]
+    pixels = torch.rand(frames, 3, 112, 112, device=args.device)
+    times = _times({name: lambda t=t: t.encode(pixels) for name, t in contestants.items()}, args)
+    return [
+        {
+            "case": "encode",
+            "dtype": settings.get(name, {}).get("precision", "float32"),
+            "quantity": f"{frames} frames",
+            "contestant": name,
+            **_statistics(ms),
+            "speedup": {"contiguous": float(np.median(times["contiguous"] / ms))} if name != "contiguous" else {},
+        }
+        for name, ms in times.items()
+    ]
+
+
+def _times(steps: dict[str, Any], args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Milliseconds of every round."""
+
+    def step(work: Any) -> timing.Step:
+        def run(mark: timing.Mark) -> None:
+            mark()
+            work()
+
+        return run
+
+    taken = timing.interleaved(
+        {name: step(work) for name, work in steps.items()}, args.device, args.seconds, least=3, warm=1
+    )
+    return {name: np.array(pairs)[:, 1] for name, pairs in taken.items()}
+
+
+def _statistics(ms: np.ndarray) -> rows.Row:
+    p20, p50, p80 = (float(f"{x:.5g}") for x in np.quantile(ms, (0.2, 0.5, 0.8)))
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(ms), "speedup": {}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

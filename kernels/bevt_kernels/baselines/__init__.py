@@ -1,0 +1,12 @@
+"""What others offer for each op, in its strongest fair form: the rivals of benchmarks, checked by tests.
+
+Each has the op's inputs and results, and is differentiable in what the op is. One module an op, one table a module, by
+the name that a benchmark's row carries.
+"""
+
+from bevt_kernels.baselines.common import Baseline
+from bevt_kernels.baselines.linear_argmax import LINEAR_ARGMAX
+from bevt_kernels.baselines.masked_linear_cross_entropy import MASKED_LINEAR_CROSS_ENTROPY
+from bevt_kernels.baselines.window_attention import WINDOW_ATTENTION
+
+__all__ = ["LINEAR_ARGMAX", "MASKED_LINEAR_CROSS_ENTROPY", "WINDOW_ATTENTION", "Baseline"]

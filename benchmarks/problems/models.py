@@ -27,7 +27,7 @@ from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models import video_swin
 from bevt.models.bevt import BEVT, MaskedInput, Stream
-from bevt.train.step import masked_inputs
+from bevt.train.step import masked_inputs, slots_for
 
 BOTH = QUANTITIES[2]
 WindowFunction = Callable[[Tensor, Tensor, WindowCase], Tensor]
@@ -139,7 +139,8 @@ class MaskedHead(_Model):
         config = replace(resized(ModelConfig(), case.size), depths=(1, 1, 1, 1), loss_impl="reference")
         torch.manual_seed(0)
         self.model = BEVT(config, case.classes, ("clips",), device=device, dtype=self.dtype).to(device)
-        mask, self.slots = _clip_masks(Config(), case.batch)
+        mask = _clip_masks(Config(), case.batch)
+        self.slots = 2 * slots_for(Config().clip_mask, mask, torch.device(device))
         self.mask = mask.to(device)
         batch, depth, h, w = self.mask.shape
         self.codes = torch.randint(case.classes, (batch, 2 * depth, h, w)).to(device)
@@ -209,12 +210,11 @@ class _Call(nn.Module):
         return self.function(*args, **keywords)
 
 
-def _clip_masks(config: Config, clips: int) -> tuple[Tensor, int]:
-    """(B, d, h, w) masks of the recipe's clips, and the slots that they can fill."""
+def _clip_masks(config: Config, clips: int) -> Tensor:
+    """(B, d, h, w) masks of the recipe's clips."""
     side = config.data.crop // 16
     grid = (config.data.frames // 2, side, side)
-    masks = masking.generate(config.clip_mask, np.arange(clips), grid)
-    return torch.from_numpy(masks), 2 * clips * masking.capacity(config.clip_mask, grid)
+    return torch.from_numpy(masking.generate(config.clip_mask, np.arange(clips), grid))
 
 
 class PretrainStep(_Model):
@@ -251,7 +251,7 @@ class PretrainStep(_Model):
         image_masks = masking.generate(self.config.image_mask, np.arange(images), (1, side // 16, side // 16))
         self.batch = Batch(
             clips=torch.randint(256, (case.batch, case.frames, side, side, 3), dtype=torch.uint8),
-            clip_masks=_clip_masks(self.config, case.batch)[0],
+            clip_masks=_clip_masks(self.config, case.batch),
             images=torch.randint(256, (images, side, side, 3), dtype=torch.uint8),
             image_masks=torch.from_numpy(image_masks).squeeze(1),
             image_jitter=None,

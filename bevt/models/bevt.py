@@ -39,7 +39,7 @@ class MaskedInput:
     codes: Tensor
     """Clips (B, T, h, w) or images (M, h, w) int64: the tokenizer's codes."""
     slots: int
-    """Capacity for masked positions over the whole micro-batch, at least as many as are masked; static."""
+    """Capacity for masked positions over the whole micro-batch, at least as many as are masked. Shapes depend on it."""
 
 
 def masked_slots(mask: Tensor, slots: int) -> Tensor:
@@ -212,7 +212,7 @@ class BEVT(nn.Module):
         features = self._decoder(stream)(x3, x4, torch.where(used, tokens, places % mask.numel()))
         grid = codes.view(len(mask), -1, frames, *codes.shape[-2:])  # batch, depth, frames, h, w
         targets = grid.movedim(2, -1).reshape(-1, frames)
-        index = torch.arange(features.shape[:2].numel(), device=mask.device).view(-1, frames)
+        index = torch.arange(features.shape[:2].numel(), device=mask.device).view(len(tokens), frames)
         return masked_linear_cross_entropy(
             self.norm(features).flatten(0, 1),
             self.head.weight,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bevt import masking
-from bevt.config import Config
+from bevt.config import Config, MaskConfig
 from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models.bevt import MaskedInput
@@ -42,12 +42,12 @@ def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config, device: to
     codes = _codes(frames, chosen, tokenizer, config.data.crop // 2)
     if batch.clips is not None and batch.clip_masks is not None:
         clips, mask = batch.clips, batch.clip_masks
-        slots = len(clips) * PATCH[0] * masking.capacity(config.clip_mask, (mask.shape[1], *mask.shape[2:]))
+        slots = PATCH[0] * slots_for(config.clip_mask, mask, device)
         found = codes["clips"].unflatten(0, clips.shape[:2])
         inputs["clips"] = MaskedInput(augment.to_encoder_clips(clips), mask, found, slots)
     if batch.images is not None and batch.image_masks is not None:
         mask = batch.image_masks
-        slots = len(mask) * masking.capacity(config.image_mask, (1, *mask.shape[1:]))
+        slots = slots_for(config.image_mask, mask.unsqueeze(1), device)
         inputs["images"] = MaskedInput(augment.to_encoder_images(frames["images"]), mask, codes["images"], slots)
     return inputs
 
@@ -61,6 +61,17 @@ def _codes(frames: dict[str, Tensor], chosen: dict[str, Tensor], tokenizer: Toke
         stream: found.new_full((len(frames[stream]), *found.shape[1:]), NO_TOKEN).index_copy_(0, index, part)
         for (stream, index), part in zip(chosen.items(), parts)
     }
+
+
+def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
+    """Slots for the masked positions of (B, D, h, w): all that there can be, so that shapes do not depend on the mask.
+
+    On a CPU as many as there are: counting them costs nothing there, and the others would cost a quarter more.
+    """
+    if device.type == "cpu":
+        return int(mask.sum())
+    depth, height, width = mask.shape[1:]
+    return len(mask) * masking.capacity(config, (depth, height, width))
 
 
 def _masked_frames(mask: Tensor, device: torch.device) -> Tensor:

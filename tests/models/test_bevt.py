@@ -91,9 +91,10 @@ def test_hidden_pixels_do_not_reach_the_features(model: BEVT) -> None:
         assert not torch.equal(a, model.decode(stream, x.pixels + noise.roll(16, -1), x.mask))  # type: ignore[arg-type]
 
 
-def test_an_empty_mask_gives_zero_loss_and_zero_gradients(model: BEVT) -> None:
+@pytest.mark.parametrize("slots", [0, 72])
+def test_an_empty_mask_gives_zero_loss_and_zero_gradients(model: BEVT, slots: int) -> None:
     x = _inputs()["images"]
-    loss, accuracy = model.stream_loss("images", replace(x, mask=torch.zeros_like(x.mask)))
+    loss, accuracy = model.stream_loss("images", replace(x, mask=torch.zeros_like(x.mask), slots=slots))
     loss.backward()
     assert loss.item() == accuracy.item() == 0.0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())

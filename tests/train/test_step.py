@@ -12,7 +12,7 @@ from tiny import changed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bevt import tokenizers
+from bevt import masking, tokenizers
 from bevt.config import Config
 from bevt.data import augment
 from bevt.data.batch import Batch
@@ -21,7 +21,7 @@ from bevt.tokenizers import Tokenizer
 from bevt.train.distributed import World
 from bevt.train.loop import build_model
 from bevt.train.optim import build_optimizer
-from bevt.train.step import NO_TOKEN, StepResult, TrainStep, masked_inputs
+from bevt.train.step import NO_TOKEN, StepResult, TrainStep, masked_inputs, slots_for
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -266,3 +266,11 @@ def test_masks_on_a_device_are_refused(plain: Config, batch: Batch, stream: str)
     moved = replace(batch, **{stream: getattr(batch, stream).to("meta")})
     with pytest.raises(ValueError, match=r"masks must be on the CPU .*, these are on meta"):
         masked_inputs(moved, tokenizers.build(plain.tokenizer, WORLD.device), plain, WORLD.device)
+
+
+def test_slots_are_the_masked_positions_on_a_cpu_and_all_that_there_can_be_elsewhere(config: Config) -> None:
+    mask = torch.zeros(3, 2, 4, 4, dtype=torch.bool)
+    mask[0, 1, :2] = True
+    assert slots_for(config.clip_mask, mask, torch.device("cpu")) == 8
+    capacity = masking.capacity(config.clip_mask, (2, 4, 4))
+    assert slots_for(config.clip_mask, mask, torch.device("cuda")) == 3 * capacity > 8

@@ -69,7 +69,7 @@ def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
     On a CPU as many as there are: counting them costs nothing there, and the others would cost a quarter more.
     """
     if device.type == "cpu":
-        return int(mask.sum())
+        return int(mask.numpy().sum())  # NumPy: see `_masked_frames`
     depth, height, width = mask.shape[1:]
     return len(mask) * masking.capacity(config, (depth, height, width))
 

@@ -220,7 +220,7 @@ def _clip_masks(config: Config, clips: int) -> Tensor:
 class PretrainStep(_Model):
     """A micro-batch of the joint recipe from uint8 frames, tokenizer included: parameters -> the sum of both losses.
 
-    "after" is the package's way. "before" is the official code's: all frames tokenized in float32 with all logits,
+    "after" is the package's way. "before" is the official code's: all frames tokenized with all logits,
     decoder and head on all positions, eager attention. The tokenizer's weights are random. It is judged in two parts:
     codes at the masked positions by their float32 logits, against those that plain half precision picks; loss and
     gradients on float32's codes, so that a code which differs is not an error of the model.
@@ -260,7 +260,7 @@ class PretrainStep(_Model):
         self.grads = {"loss": torch.randn(()).to(device)}
         self.contestants = {
             "after": Contestant(lambda x: self._after(x, self._inputs()), [], True),
-            "before": Contestant(lambda x: self._before(x, self._upstream_inputs()), [], False, "torch"),
+            "before": Contestant(lambda x: self._before(x, self._published_inputs()), [], False, "torch"),
         }
 
     def _inputs(self) -> Inputs:
@@ -275,6 +275,11 @@ class PretrainStep(_Model):
             "clips": MaskedInput(clips, batch.clip_masks, clip_codes, 0),
             "images": MaskedInput(images, batch.image_masks, self._plain_logits(batch.images).argmax(1), 0),
         }
+
+    def _published_inputs(self) -> Inputs:
+        """`_upstream_inputs` in the published encoder's precision, float16 on CUDA."""
+        with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
+            return self._upstream_inputs()
 
     @torch.no_grad()
     def _plain_logits(self, frames: Tensor) -> Tensor:
@@ -313,7 +318,7 @@ class PretrainStep(_Model):
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
         """Logits of the contestant's codes; loss and gradients on float32's codes."""
-        inputs = self._inputs() if name == "after" else self._upstream_inputs()
+        inputs = self._inputs() if name == "after" else self._published_inputs()
         forward = self._after if name == "after" else self._before
         fixed = {stream: replace(x, codes=self.upstream[stream].codes) for stream, x in inputs.items()}
         results = run(lambda leaves: forward(leaves, fixed), self.leaves, self.grads)

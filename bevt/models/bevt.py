@@ -179,6 +179,8 @@ class BEVT(nn.Module):
             mask = mask.unsqueeze(1)
         x = (self.patch_embed if clips else self.patch_embed_2d)(pixels)
         grid = (x.shape[1], x.shape[2] // CELL, x.shape[3] // CELL)
+        if x.shape[2] % (2 * CELL) or x.shape[3] % (2 * CELL):
+            raise ValueError(f"{stream}: height and width must be multiples of 32, got pixels {tuple(pixels.shape)}")
         if tuple(mask.shape) != (x.shape[0], *grid):
             raise ValueError(
                 f"{stream}: the mask is {tuple(mask.shape)}, but pixels {tuple(pixels.shape)} have the token grid "

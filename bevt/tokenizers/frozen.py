@@ -91,8 +91,11 @@ class FrozenTokenizer(ABC):
     def to(self: T, device: torch.device | str) -> T:
         """Move the weights and settle what `config` leaves open, for the device, once; returns the same tokenizer.
 
-        Raises `bevt_kernels.NoImplementation` where the implementation that was asked for cannot serve.
+        Raises `bevt_kernels.NoImplementation` where the implementation that was asked for cannot serve, ValueError
+        where an earlier call has rounded the weights.
         """
+        if self.precision != torch.float32:
+            raise ValueError(f"`to` has rounded the weights to {self.precision} already: load the tokenizer again")
         kind, config = torch.device(device).type, self.config
         name = config.precision
         if name == "auto":
@@ -122,7 +125,9 @@ class FrozenTokenizer(ABC):
         common.check_pixels(pixels, self.downsample)
         m, _, h, w = pixels.shape
         codes = torch.empty(m, h // self.downsample, w // self.downsample, dtype=torch.int64, device=pixels.device)
-        frames = max(1, int(PIECE[codes.device.type] / (self.width * h * w * self.precision.itemsize)))
+        frames = max(
+            1, int(PIECE.get(codes.device.type, PIECE["cpu"]) / (self.width * h * w * self.precision.itemsize))
+        )
         weight, bias = self.tail
         for start in range(0, m, frames):
             piece = codes[start : start + frames]
@@ -146,7 +151,7 @@ def _compiled(features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
         torch._dynamo.maybe_mark_dynamic(pixels, 0)
         try:
             return compiled(pixels)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.ShortenTraceback) as error:
             raise ConfigError(
                 "tokenizer.compile: torch.compile fails here; install a C++ compiler (and triton, for CUDA), "
                 f"or set it to 'no'. {str(error).strip().splitlines()[0]}"

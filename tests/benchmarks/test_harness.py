@@ -348,13 +348,13 @@ def test_micro_batch_is_the_same_before_and_after() -> None:
     assert set(problem.names) == set(problem.contestants)
     oracle, eager = (problem.judged(results) for results in problem.truth())
     for name in problem.names:
-        problem.check(problem.judged(problem.answer(name)), oracle, eager, f" {name}")
+        problem.check(problem.judged(problem.answer(name)), oracle, eager, f" {name}", 2)
     assert problem.work()["forward+backward"].flop > 0
     right = problem.tokenizer.encode
     problem.tokenizer.encode = lambda pixels: (right(pixels) + 1) % 8192  # type: ignore[method-assign]
     codes = {"logits of the codes": problem._logits_of(problem._inputs())}
     with pytest.raises(AssertionError, match="logits of the codes: mean error"):
-        problem.check(codes, oracle, eager)
+        problem.check(codes, oracle, eager, "", 2)
 
 
 def test_encoder_step_is_the_same_by_eager_attention() -> None:

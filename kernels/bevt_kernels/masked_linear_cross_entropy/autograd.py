@@ -37,7 +37,11 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
         scale = grads[0] / (index != -1).sum().clamp(min=1)
         # In place where nobody can ask for them again: a copy of the weight's would be the largest tensor of all. A
         # compiler, which traces with tensors of its own type, decides itself what is in place.
-        again = torch._C._autograd._get_current_graph_task_keep_graph() or type(grads[0]) is not Tensor
+        again = (
+            torch._C._autograd._get_current_graph_task_keep_graph()
+            or type(grads[0]) is not Tensor
+            or torch._C._functorch.is_batchedtensor(grads[0])
+        )
         results: list[Tensor | None] = []
         for grad, dtype, wanted in zip(kept, ctx.dtypes, ctx.needs_input_grad):
             if not wanted:

@@ -63,8 +63,8 @@ def forward(
         if output_mask[2]:
             grad_bias += grad.sum(0)
         grad = grad.to(hidden.dtype)
-        if output_mask[1]:
-            grad_weight += grad.t() @ rows
+        if output_mask[1]:  # a product in a half dtype would round what is added up
+            grad_weight += grad.t().to(dtype) @ rows.to(dtype)
         if output_mask[0] and len(hidden):
             grad_hidden.index_add_(0, index[slots], (grad @ low).to(dtype))
     count = used.sum().clamp(min=1)

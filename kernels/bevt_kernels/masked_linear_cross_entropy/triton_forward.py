@@ -46,7 +46,7 @@ def gather_kernel(hidden, index, rows, start, hidden_rows, row_stride, channel_s
     there = tl.where((row >= 0) & (row < hidden_rows), C, 0)  # channels that can be read
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
-        x = tl.load(hidden + row * row_stride + channel * channel_stride, mask=channel < there, other=0.0)
+        x = tl.load(hidden + row * row_stride + channel.to(tl.int64) * channel_stride, mask=channel < there, other=0.0)
         tl.store(rows + slot.to(tl.int64) * C + channel, x, mask=channel < C)
 
 
@@ -90,13 +90,15 @@ def loss_kernel(
     if first <= last:
         ahead = tl.load(here + column, mask=inside, other=0.0)
         for row in range(first, last + 1):
-            x = ahead.to(tl.float32) * unit + b
+            x = tl.fma(ahead.to(tl.float32), tl.full([BLOCK_V], unit, tl.float32), b)
             slot = tl.load(index + start + row)
             target = tl.load(targets + start + row)
             used = slot != -1
             right = (slot >= 0) & (slot < hidden_rows) & (target >= 0) & (target < V)
             target = tl.where(right, target, 0).to(tl.int32)
-            at_target = tl.load(here + target).to(tl.float32) * unit + tl.load(bias + target).to(tl.float32) * unit
+            # By the same two operations as the row, so that it equals the maximum where it is the maximum.
+            z, c = tl.load(here + target).to(tl.float32), tl.load(bias + target).to(tl.float32)
+            at_target = tl.fma(z, unit, c * unit)
             # The next row is asked for before this one is worked on; after the last, the last once more.
             ahead = tl.load(here + tl.where(row < last, V, 0) + column, mask=inside, other=0.0)
             top = tl.max(x, 0)
@@ -221,7 +223,7 @@ def forward(
             z, bias, targets, index, losses[0], losses[1], column_sums, part.start, n, rows,
             triton.cdiv(most, programs), classes, BLOCK_V=block_v, FULL=classes == block_v,
             EXACT=hidden.dtype == torch.float32, GRAD=any(output_mask), SUMS=want_bias, FIRST=first,
-            num_warps=warps(block_v), num_stages=STAGES,
+            num_warps=warps(block_v), num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip
         if want_weight:
             _accumulate(grad_weight, z.t(), x, first)
@@ -229,6 +231,7 @@ def forward(
             torch.mm(z, weight, out=x)
     if not parts:
         grad_weight.zero_()
+    del logits  # before grad_hidden takes its place
     count = (index != -1).sum().clamp(min=1)
     grad_hidden = _scatter(gathered, index, hidden) if want_hidden else hidden.new_empty(0)
     grad_bias = column_sums.sum(0) if want_bias else column_sums.new_empty(0)

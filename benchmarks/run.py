@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = OPS[args.op].cases
     unknown = [case for case in args.case if case not in entries]
     if unknown:
-        print(f"no case {unknown[0]!r}; there are: {', '.join(entries)}", file=sys.stderr)
+        print(f"no case {unknown[0]!r}; there are: {', '.join(map(repr, entries))}", file=sys.stderr)
         return 2
     cases = [
         name
@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.device in entry.batch and (name in args.case or not args.case) and args.group in (None, entry.group)
     ]
     if not cases:
-        there = ", ".join(name for name, entry in entries.items() if args.device in entry.batch)
-        print(f"no case for {args.device} is left by --case and --group; there are: {there}", file=sys.stderr)
+        there = [(name, entry.group) for name, entry in entries.items() if args.device in entry.batch]
+        listed = ", ".join(f"{name!r} of group {group!r}" for name, group in there)
+        print(f"no case for {args.device} is left by --case and --group; there are: {listed}", file=sys.stderr)
         return 2
     out = args.out or verify.ROOT / "benchmarks" / "results" / f"{args.op}.jsonl"
     environment = rows.environment(args.device)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--impl", action="append", default=[], choices=IMPLEMENTATIONS, help="of our implementations, only these"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=_positive, help="CPU threads of torch")
+    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
     return parser

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import rows, timing, verify
+from benchmarks.run import positive
 from bevt import masking
 from bevt.config import Config, TokenizerConfig
 from bevt.data.batch import Batch
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code, 1 where the tokens are not those of tokenizing everything."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for the timed rounds of each of the two cases")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=positive, default=90, help="for the timed rounds of each of the two cases")
     parser.add_argument("--compiled", action="store_true", help="on the CPU, the compiled encoder too (CUDA: always)")
     parser.add_argument("--out", type=Path, default=verify.ROOT / "benchmarks" / "results" / "tokenizer.jsonl")
     args = parser.parse_args(arguments)

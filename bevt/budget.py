@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevt import masking
-from bevt.config import Config, ConfigError, MaskConfig
+from bevt.config import Config, ConfigError, MaskConfig, check
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
 from bevt.train.optim import total_steps
 
@@ -141,17 +141,33 @@ def activation_bytes(config: Config, kind: type[BEVT] = BEVT) -> dict[str, int]:
 
 
 def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
-    """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch."""
-    if gpus < 1 or flops <= 0 or not 0 < efficiency <= 1:
+    """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch.
+
+    Raises ConfigError for a configuration that cannot be trained (but for its paths), or a number out of range.
+    """
+    if gpus < 1 or flops <= 0 or clips < 1 or images < 1 or not 0 < efficiency <= 1:
         raise ConfigError(
-            f"--gpus, --tflops and --efficiency (0..1) must be above 0, got {gpus}, {flops / 1e12}, {efficiency}"
+            "--gpus, --tflops, --clips and --images must be above 0 and --efficiency above 0 and at most 1, "
+            f"got {gpus}, {flops / 1e12:g}, {clips}, {images} and {efficiency:g}"
         )
+    check(replace(config, data=replace(config.data, clips="any", images="any")))
     t = config.train
     rows = components(config)
     whole = [row for row in rows if not row.name.startswith(" ")]
     step, before = (sum(row.step_flop(t.clips, t.images, way) for row in whole) for way in (False, True))
     table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
-    for column in ("", "parameters", "a clip", "an image", "a step", "share", "before", "states", "kept", "before "):
+    for column in (
+        "",
+        "parameters",
+        "a clip",
+        "an image",
+        "a step",
+        "share",
+        "before",
+        "states",
+        "kept",
+        "kept before",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", "TFLOP", "GiB", "GiB", "GiB", style="dim")
     for row in rows:
@@ -189,9 +205,10 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
     console.print(
+        "a clip, an image: forward; a step: forward, and the backward of what is trained, of the whole step\n"
         "states: weights, gradients and AdamW's moments on one device; kept: for the backward pass of a micro-batch of "
         f"{t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in {t.precision}, "
-        f"{math.ceil(per_device)} of which make a step on {gpus} devices\n"
+        f"{math.ceil(per_device)} of which make a step on each of {gpus} devices\n"
         "before: with every frame tokenized, decoders and head on all positions and their logits kept; now: on masked "
         "positions, as many as there are on average (on a GPU on as many as there can be, to keep shapes static)\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "

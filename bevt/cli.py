@@ -112,7 +112,7 @@ class TokenizerCheckArgs:
     data: DataConfig = field(default_factory=DataConfig)
     """Where frames come from; clips, images or both."""
     frames: int = 64
-    """Frames that are compared (196 codes each at a crop of 224)."""
+    """Frames that are compared (196 codes each at a crop of 224), rounded up to a multiple of 4; few are read again."""
     seed: int = 0
     """Chooses the frames."""
 

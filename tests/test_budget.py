@@ -114,5 +114,21 @@ def test_hours_follow_devices_and_efficiency() -> None:
 
 
 def test_bad_numbers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--efficiency"):
+    with pytest.raises(ConfigError, match=r"--efficiency above 0 and at most 1, got 8, 790, 240000, 1281167 and 1\.4"):
         budget.budget(RECIPES["image_stage"](), 8, 790e12, 1.4, 240_000, 1_281_167)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("data", {"crop": 200}, "data.crop must be a multiple of 32"),
+        ("data", {"frames": 15}, "data.frames must be even"),
+        ("train", {"micro_clips": 0}, "train.micro_clips must be above 0"),
+        ("train", {"clips": 0, "images": 0}, "at least one stream"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(group: str, change: dict, message: str) -> None:
+    config = RECIPES["joint_stage"]()
+    config = replace(config, **{group: replace(getattr(config, group), **change)})
+    with pytest.raises(ConfigError, match=message):
+        budget.budget(config, 8, 790e12, 0.4, 240_000, 1_281_167)

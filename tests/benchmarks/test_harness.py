@@ -424,4 +424,4 @@ def test_what_rests_on_a_red_test_is_not_measured(
 
 def test_unknown_cases_are_named(out: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(out, "--case", "cpu tagret") == 2
-    assert "no case 'cpu tagret'; there are: cpu target, " in capsys.readouterr().err
+    assert "no case 'cpu tagret'; there are: 'cpu target', " in capsys.readouterr().err

@@ -332,7 +332,7 @@ def test_triton_refuses_more_classes_than_fit_into_registers() -> None:
         ({2: torch.zeros(3)}, r"bias must be \(4,\)"),
         ({3: torch.zeros(6, dtype=torch.int64)}, r"index and targets must be \(K,\)"),
         ({4: torch.zeros(7, dtype=torch.int32)}, "index and targets must be int64"),
-        ({1: torch.zeros(4, 3, dtype=torch.float16)}, "weight must be torch.float32"),
+        ({1: torch.zeros(4, 3, dtype=torch.float16)}, "weight must be as hidden, torch.float32"),
         ({2: torch.zeros(4, device="meta")}, "bias on meta"),
         ({4: torch.full((7,), 5)}, r"slot 0 has index 5.*a row 0\.\.4"),
         ({4: torch.full((7,), -2)}, "slot 0 has index -2"),

@@ -36,7 +36,7 @@ def masked_linear_cross_entropy(
         ValueError: a shape, dtype or device that does not fit; on the CPU also an index or target out of range in a
             used slot. On CUDA, where looking would cost a sync, that makes the loss NaN ("triton") or is a device-side
             assertion ("reference"). NoImplementation (a ValueError): `impl` cannot serve. NotImplementedError: a
-            second derivative.
+            second derivative. torch.func's transforms (grad, vjp, jvp) are not supported: RuntimeError.
     """
     require_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets, index=index)
     device = hidden.device.type
@@ -71,6 +71,6 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index:
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(
             tensor.dtype in (hidden.dtype, statistics_dtype(hidden.dtype)),
-            f"{name} must be {hidden.dtype}, as hidden, or {statistics_dtype(hidden.dtype)}; got {tensor.dtype}",
+            f"{name} must be as hidden, {hidden.dtype}, or {statistics_dtype(hidden.dtype)}; got {tensor.dtype}",
         )
     require_same_device(hidden=hidden, weight=weight, bias=bias, targets=targets, index=index)

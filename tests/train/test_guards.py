@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import changed, figures, train_rows
 
 from bevt.config import Config, ConfigError
@@ -39,6 +40,18 @@ def test_changed_keys_are_named(config: Config, run: Path) -> None:
     with pytest.raises(RunError) as caught:
         pretrain(other, run, resume=True, quiet=True)
     assert "model.window_size = [4, 3, 3], now [2, 3, 3]; optim.lr = 0.001, now 0.002." in str(caught.value)
+
+
+def test_a_checkpoint_older_than_a_key_has_its_default(config: Config, run: Path, finished: Path) -> None:
+    path = run / "checkpoints" / "step_00000004.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["tokenizer"]["precision"], saved["config"]["tokenizer"]["compile"]
+    torch.save(saved, path)
+    other = changed(config, tokenizer={"precision": "bfloat16"})
+    with pytest.raises(RunError, match=r"tokenizer.precision = 'auto', now 'bfloat16'\."):
+        pretrain(other, run, resume=True, quiet=True)
+    assert pretrain(config, run, resume=True, quiet=True).finished
+    assert figures(run) == figures(finished)
 
 
 def test_keys_that_may_change(config: Config, run: Path, finished: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from multiprocessing.pool import Pool
 
 import torch
+from bevt_kernels import select
 from bevt_kernels.testing import WindowCase, assert_within_budget
 from bevt_kernels.window_attention import configs, triton_backward, triton_forward
 from bevt_kernels.window_attention.configs import KERNELS, Config
@@ -120,7 +121,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA GPU: torch sees none", file=sys.stderr)
         return 2
-    architecture, dtype = configs.architecture(torch.device("cuda")), DTYPES["cuda"]
+    architecture, dtype = select.architecture(torch.device("cuda")), DTYPES["cuda"]
     tuned = json.loads(configs.PATH.read_text()) if configs.PATH.is_file() else {}
     end = time.monotonic() + arguments.time_limit
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:

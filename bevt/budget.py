@@ -40,6 +40,9 @@ MODULES_OF: dict[str, tuple[str, ...]] = {
 }
 """Rows of the budget and the children of `BEVT` they stand for; indented rows are parts of the one above."""
 
+BEHIND = ("decoders", "head and loss")
+"""Rows of what comes behind the encoder, where the official way is another."""
+
 
 class Counts(NamedTuple):
     """What may differ between two ways of a component; as in `Component`."""
@@ -92,11 +95,10 @@ def components(config: Config) -> list[Component]:
     """Tokenizer, encoder by kind of product, decoders and head, for a clip and an image of the recipe's size."""
     vocab_size, tokenizer = _tokenizer(config)
     view, frames = config.data.crop // 2, config.data.frames
-    counts = []
+    shallow = replace(config, model=replace(config.model, depths=(1, 1, 1, 1)))  # the encoder is not counted again
     with FakeTensorMode():
-        for kind in (BEVT, UpstreamBEVT):
-            model = _model(config, vocab_size, kind)
-            counts.append({s: _count(model, s, _inputs(config, s)) for s in model.streams})
+        model, upstream = _model(config, vocab_size, BEVT), _model(shallow, vocab_size, UpstreamBEVT)
+        counts = [{s: _count(m, s, _inputs(config, s)) for s in m.streams} for m in (model, upstream)]
         frame = _gmac(_fake(tokenizer), torch.empty(1, 3, view, view))
     clips, images = bool(config.train.clips), bool(config.train.images)
     rows = [
@@ -109,14 +111,14 @@ def components(config: Config) -> list[Component]:
             trained=False,
         )
     ]
-    kept = [activation_bytes(config, kind) for kind in (BEVT, UpstreamBEVT)]
+    kept = activation_bytes(config), activation_bytes(shallow, UpstreamBEVT)
     for name, modules in MODULES_OF.items():
         size = sum(_size(getattr(model, m)) for m in modules if hasattr(model, m))
         now, before = (
             Counts(count.get("clips", {}).get(name, 0.0), count.get("images", {}).get(name, 0.0), saved.get(name, 0))
             for count, saved in zip(counts, kept)
         )
-        rows.append(Component(name, size, now.clip_gmac, now.image_gmac, before, now.kept))
+        rows.append(Component(name, size, now.clip_gmac, now.image_gmac, before if name in BEHIND else now, now.kept))
     return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -134,3 +135,11 @@ def float_reasons(spec: Spec) -> list[str]:
     if spec.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return []
     return [f"takes float32, bfloat16, float16 and float64, not {spec.dtype}"]
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The name under which sizes are filed: "sm_90" for a Hopper GPU and so on, "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bevt_kernels.baselines.common import Baseline, compile_reasons, compiled, package_reasons
 from bevt_kernels.masked_linear_cross_entropy import ops
+from bevt_kernels.masked_linear_cross_entropy.autograd import scaled
 from bevt_kernels.select import Spec, float_reasons, resolve
 from bevt_kernels.testing import LossCase
 
@@ -118,12 +119,10 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, index = ctx.saved_tensors
-        *_, grad_hidden, grad_weight, grad_bias = ops.forward(
-            hidden, weight, bias, targets, index, ctx.needs_input_grad[:3], ctx.impl
-        )
+        _, _, *found = ops.forward(hidden, weight, bias, targets, index, ctx.needs_input_grad[:3], ctx.impl)
         scale = grads[0] / (index != -1).sum().clamp(min=1)
-        scaled = ((grad_hidden * scale[None, None]).to(hidden.dtype), grad_weight.mul_(scale), grad_bias.mul_(scale))
-        return *(g.to(x.dtype) for g, x in zip(scaled, (hidden, weight, bias))), None, None, None
+        results = (scaled(g, scale, x.dtype, in_place=True) for g, x in zip(found, (hidden, weight, bias)))
+        return *results, None, None, None
 
 
 def recompute(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor, case: LossCase) -> Result:

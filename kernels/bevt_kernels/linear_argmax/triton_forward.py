@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevt_kernels.window_attention.configs import architecture
+from bevt_kernels.select import architecture
 
 
 @triton.jit

@@ -13,6 +13,12 @@ from bevt_kernels.registration import differentiable, refuse_second_derivative, 
 op = ops.op
 
 
+def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """`grad` times the 0-dimensional `scale`, in float32 at least, and then in `dtype`."""
+    factor = scale.view((1,) * grad.dim())  # with dimensions: a scalar would be rounded to a half grad's dtype
+    return (grad.mul_(factor) if in_place else torch.mul(grad, factor)).to(dtype)
+
+
 class MaskedLinearCrossEntropy(torch.autograd.Function):
     """(hidden, weight, bias, targets, index, output_mask, impl) -> (loss, accuracy); only the loss takes a gradient."""
 
@@ -42,13 +48,10 @@ class MaskedLinearCrossEntropy(torch.autograd.Function):
             or type(grads[0]) is not Tensor
             or torch._C._functorch.is_batchedtensor(grads[0])
         )
-        results: list[Tensor | None] = []
-        for grad, dtype, wanted in zip(kept, ctx.dtypes, ctx.needs_input_grad):
-            if not wanted:
-                results.append(None)
-                continue
-            factor = scale.view((1,) * grad.dim())  # with dimensions: a scalar would be rounded to a half grad's dtype
-            results.append((torch.mul(grad, factor) if again else grad.mul_(factor)).to(dtype))
+        results = (
+            scaled(grad, scale, dtype, in_place=not again) if wanted else None
+            for grad, dtype, wanted in zip(kept, ctx.dtypes, ctx.needs_input_grad)
+        )
         return *results, None, None, None, None
 
 

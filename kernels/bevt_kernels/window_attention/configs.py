@@ -102,11 +102,3 @@ def _config(kernel: str, shape: ShapeClass, architecture: str) -> Config:
 def config(kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, architecture: str) -> Config:
     """The sizes of `kernel` (one of KERNELS) for windows of `tokens` and heads of `head_dim` on e.g. "sm_90"."""
     return _forced.get(kernel) or _config(kernel, shape_class(dtype, head_dim, tokens), architecture)
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The name under which sizes are filed: "sm_90" for a Hopper GPU and so on, "interpreter" for the CPU."""
-    if device.type != "cuda":
-        return "interpreter"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

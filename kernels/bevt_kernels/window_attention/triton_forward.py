@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bevt_kernels.select import architecture
 from bevt_kernels.window_attention.boxes import PAD, as_size, cut, groups, padded_table, table_size
-from bevt_kernels.window_attention.configs import Config, architecture, config
+from bevt_kernels.window_attention.configs import Config, config
 
 LOG2_E = math.log2(math.e)
 LOG_2 = tl.constexpr(math.log(2))

@@ -26,11 +26,7 @@ namespace BEVT_INSTRUCTIONS {
 namespace {
 
 // kRows * kWide sums, kWide columns and a broadcast fill the 16 vector registers, or as many as hide the latency of 32.
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 6;
-#endif
+constexpr int kRows = kLanes == 16 ? 8 : 6;
 constexpr int kWide = 2;
 // Rows of a tile: a box of up to kOneTile tokens is one tile, else a tile of p or ds is 37 KB for N = 392.
 constexpr int64_t kTileRows = 4 * kRows, kOneTile = 64, kMostRows = (kOneTile + kRows - 1) / kRows * kRows;

@@ -26,9 +26,9 @@ namespace bevt_kernels {
 namespace {
 
 // Slots of a chunk, where scratch allows: products of fewer are slower, of more no faster.
-constexpr int64_t kLeastSlots = 16, kMostSlots = 512;
-// Bytes that any problem may take: with few classes an eighth of the logits is little, and chunks would be of 50 slots.
-constexpr int64_t kLeastScratch = 2 << 20;
+constexpr int64_t kLeastSlots = 16, kMostSlots = 768;
+// Bytes that any problem may take: an eighth of the logits of few classes is little, and each chunk packs the weight.
+constexpr int64_t kLeastScratch = 4 << 20;
 // Classes in a product that gives logits: with all at once products of few rows take 10 % longer. Also classes of the
 // weight that are converted at a time, 1 MB for 1024 channels.
 constexpr int64_t kClassBlock = 256;

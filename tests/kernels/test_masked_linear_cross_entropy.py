@@ -107,6 +107,18 @@ def test_triton_in_several_chunks_and_rows_a_program(
     assert_case_within_budget(LossCase(40, 24, 300, 45, 38, duplicates=True), TRITON, dtype, 1)
 
 
+@torch.no_grad()
+def test_loss_of_the_reference_in_hundreds_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one sum: one a chunk, added up, was off by units in the last place."""
+    monkeypatch.setattr(reference, "chunks", lambda items, *_: (slice(i, i + 32) for i in range(0, items, 32)))
+    case, draws = LossCase(100, 4, 16, 10000, 9408, duplicates=True), []
+    for seed in range(16):
+        *inputs, _ = case.inputs(torch.float32, seed)
+        losses = cross_entropy(REFERENCE), eager_masked_linear_cross_entropy, eager_masked_linear_cross_entropy
+        draws.append([f(*x)[0] for f, x in zip(losses, (inputs, inputs, double(inputs)))])
+    assert_within_budget(*(torch.stack(each) for each in zip(*draws)), "loss")
+
+
 def test_gradients_equal_autograd_of_the_specification() -> None:
     inputs = LossCase(30, 8, 5000, 700, 500, duplicates=True).inputs(torch.float64, seed=2)  # four chunks
     got, expected = run(masked_linear_cross_entropy, *inputs), run(reference.masked_linear_cross_entropy, *inputs)

@@ -3,7 +3,7 @@
 `masked_linear_cross_entropy` is the specification: differentiable, all logits at once. `forward` is the op: the same by
 formula (README.md), gradients included, a few rows at a time, so the (K, V) logits are never whole: a chunk holds about
 2**20 of them on the CPU, 2**24 elsewhere (`registration.chunks`). Products are in the dtype of `hidden`, as the linear
-layer's would be; sums, softmax and the gradients' accumulators are float32 (float64 for float64).
+layer's would be; sums, softmax and the gradients' accumulators are float32 (float64 for float64, and for the losses).
 
 Letters: M rows, C channels, V classes, K slots.
 """
@@ -42,7 +42,7 @@ def forward(
     if hidden.device.type == "cpu":  # where it costs no sync, unused slots are left out
         index, targets, used = index[used], targets[used], used[used]
     index, targets, unused = index.where(used, 0), targets.where(used, 0), ~used[:, None]
-    losses, correct = hidden.new_zeros((), dtype=dtype), hidden.new_zeros((), dtype=dtype)
+    losses, correct = hidden.new_empty(len(index), dtype=dtype), hidden.new_zeros((), dtype=dtype)
     grad_hidden, grad_weight, grad_bias = (
         torch.zeros(x.shape if wanted else (0,), dtype=dtype, device=x.device)
         for x, wanted in zip((hidden, weight, bias), output_mask)
@@ -54,7 +54,7 @@ def forward(
             rows = hidden.index_select(0, index[slots]).masked_fill_(unused[slots], 0)
         logits = torch.addmm(low_bias, rows, low.t()).to(dtype)
         target, empty = targets[slots, None], unused[slots]
-        losses -= logits.log_softmax(1).gather(1, target).masked_fill_(empty, 0).sum()
+        losses[slots] = logits.log_softmax(1).gather(1, target).neg_().masked_fill_(empty, 0)[:, 0]
         correct += (logits.argmax(1, keepdim=True) == target).masked_fill_(empty, False).sum()
         if not any(output_mask):
             continue
@@ -68,4 +68,5 @@ def forward(
         if output_mask[0] and len(hidden):
             grad_hidden.index_add_(0, index[slots], (grad @ low).to(dtype))
     count = used.sum().clamp(min=1)
-    return losses / count, correct / count, grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    loss = losses.sum(dtype=torch.float64) / count  # in float32 off by units in the last place
+    return loss.to(dtype), correct / count, grad_hidden.to(hidden.dtype), grad_weight, grad_bias

@@ -235,4 +235,5 @@ def forward(
     count = (index != -1).sum().clamp(min=1)
     grad_hidden = _scatter(gathered, index, hidden) if want_hidden else hidden.new_empty(0)
     grad_bias = column_sums.sum(0) if want_bias else column_sums.new_empty(0)
-    return losses[0].sum() / count, losses[1].sum() / count, grad_hidden, grad_weight, grad_bias
+    loss = losses[0].sum(dtype=torch.float64) / count  # in float32 off by units in the last place
+    return loss.to(dtype), losses[1].sum() / count, grad_hidden, grad_weight, grad_bias

@@ -1,6 +1,8 @@
 """masked_linear_cross_entropy in C++: threads, scratch, products that are not computed, extreme logits."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +17,17 @@ pytestmark = pytest.mark.skipif(not native.loaded(), reason=f"native library {na
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = list(itertools.product((False, True), repeat=3))
 NAMES = ("loss", "accuracy", "grad hidden", "grad weight", "grad bias")
-SEVERAL_CHUNKS = LossCase(400, 24, 1003, 600, 400)
+SEVERAL_CHUNKS = LossCase(2000, 24, 1003, 2600, 2000)  # of at most 768 slots
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(inputs: tuple[Tensor, ...], mask: tuple[bool, ...] = (True, True, True)) -> dict[str, Tensor]:
@@ -65,13 +77,14 @@ def test_scratch_is_at_most_an_eighth_of_the_used_slots_logits(dtype: torch.dtyp
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_products_of_used_slots_and_of_gradients_asked_for_only(mask: tuple[bool, ...]) -> None:
-    case = LossCase(50, 8, 30, 70, 40)
+    case = SEVERAL_CHUNKS
     inputs = case.inputs(torch.float32)
-    with profile(record_shapes=True, with_flops=True) as prof:
+    with on_threads(1), profile(record_shapes=True, with_flops=True) as prof:  # it does not see other threads
         got = run(inputs, mask)
     product = 2 * case.used * case.channels * case.classes
-    products = [e.flops for e in prof.events() if e.name in ("aten::mm", "aten::addmm")]
-    assert sum(products) == product * (1 + sum(mask[:2]))
+    products = [e for e in prof.events() if e.name in ("aten::mm", "aten::addmm")]
+    assert sum(e.flops for e in products) == product * (1 + sum(mask[:2]))
+    assert sum(e.name == "aten::addmm" for e in products) == (2 if mask[1] else 0)  # chunks after the first
     assert [x.numel() > 0 for x in list(got.values())[2:]] == list(mask)
 
 
@@ -87,22 +100,28 @@ def test_gradients_that_are_not_asked_for_change_nothing(dtype: torch.dtype) -> 
 def test_same_on_one_thread_and_two() -> None:
     """Logits of whole numbers are exact, whatever the library's products do; what follows has one order."""
     inputs = [torch.round(x) if x.is_floating_point() else x for x in SEVERAL_CHUNKS.inputs(torch.float32)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 2):
+        with on_threads(threads):
             results.append(run(tuple(inputs)))
-    finally:
-        torch.set_num_threads(before)
     for name in ("loss", "accuracy", "grad bias"):
         assert torch.equal(results[0][name], results[1][name]), name
     for name in NAMES:
         assert torch.equal(results[1][name], results[2][name]), f"{name}, run twice"
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_blocks_of_classes_and_channels(threads: int) -> None:
+    """Of 256 and 512 at most, and of 64 at least where that is a thread's share; the last ones shorter."""
+    inputs = LossCase(300, 1100, 600, 300, 200).inputs(torch.float32)
+    with on_threads(threads):
+        got = run(inputs)
+    assert_within_budgets(got, inputs)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_row_in_slots_of_several_chunks(dtype: torch.dtype) -> None:
-    inputs = LossCase(3, 40, 300, 700, 600, duplicates=True).inputs(dtype)
+    inputs = LossCase(3, 40, 300, 2100, 2000, duplicates=True).inputs(dtype)
     assert_within_budgets(run(inputs), inputs)
 
 

@@ -18,7 +18,6 @@ from benchmarks.problems import Problem
 ROOT = Path(__file__).parents[1]
 STAMPS = ROOT / "build" / "gate"
 
-
 RIVALS = 16.0
 """A rival may err so many times as much as eager: one that adds a bias' gradient up in one long sum is not wrong."""
 

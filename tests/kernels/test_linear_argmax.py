@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -139,15 +140,12 @@ def test_compiled_equals_eager(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [t.param() for t in (REFERENCE, NATIVE)])
-def test_same_on_one_thread_and_two(target: Target) -> None:
+def test_same_on_one_thread_and_two(target: Target, set_threads: Callable[[int], None]) -> None:
     inputs = whole_numbers(700, 8, 600, torch.float32)
-    before, codes = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            codes.append(linear_argmax(*inputs, impl=target.impl))
-    finally:
-        torch.set_num_threads(before)
+    codes = []
+    for threads in (1, 2):
+        set_threads(threads)
+        codes.append(linear_argmax(*inputs, impl=target.impl))
     assert torch.equal(*codes)
 
 

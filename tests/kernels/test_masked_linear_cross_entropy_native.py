@@ -1,8 +1,7 @@
 """masked_linear_cross_entropy in C++: threads, scratch, products that are not computed, extreme logits."""
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,16 +17,6 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = list(itertools.product((False, True), repeat=3))
 NAMES = ("loss", "accuracy", "grad hidden", "grad weight", "grad bias")
 SEVERAL_CHUNKS = LossCase(2000, 24, 1003, 2600, 2000)  # of at most 768 slots
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run(inputs: tuple[Tensor, ...], mask: tuple[bool, ...] = (True, True, True)) -> dict[str, Tensor]:
@@ -76,10 +65,13 @@ def test_scratch_is_at_most_an_eighth_of_the_used_slots_logits(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_products_of_used_slots_and_of_gradients_asked_for_only(mask: tuple[bool, ...]) -> None:
+def test_products_of_used_slots_and_of_gradients_asked_for_only(
+    mask: tuple[bool, ...], set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)  # the profiler does not see others
     case = SEVERAL_CHUNKS
     inputs = case.inputs(torch.float32)
-    with on_threads(1), profile(record_shapes=True, with_flops=True) as prof:  # it does not see other threads
+    with profile(record_shapes=True, with_flops=True) as prof:
         got = run(inputs, mask)
     product = 2 * case.used * case.channels * case.classes
     products = [e for e in prof.events() if e.name in ("aten::mm", "aten::addmm")]
@@ -97,13 +89,13 @@ def test_gradients_that_are_not_asked_for_change_nothing(dtype: torch.dtype) -> 
             assert not value.numel() or torch.equal(value, everything[name]), f"{name}, mask {mask}"
 
 
-def test_same_on_one_thread_and_two() -> None:
+def test_same_on_one_thread_and_two(set_threads: Callable[[int], None]) -> None:
     """Logits of whole numbers are exact, whatever the library's products do; what follows has one order."""
     inputs = [torch.round(x) if x.is_floating_point() else x for x in SEVERAL_CHUNKS.inputs(torch.float32)]
     results = []
     for threads in (1, 2, 2):
-        with on_threads(threads):
-            results.append(run(tuple(inputs)))
+        set_threads(threads)
+        results.append(run(tuple(inputs)))
     for name in ("loss", "accuracy", "grad bias"):
         assert torch.equal(results[0][name], results[1][name]), name
     for name in NAMES:
@@ -111,12 +103,11 @@ def test_same_on_one_thread_and_two() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_blocks_of_classes_and_channels(threads: int) -> None:
+def test_blocks_of_classes_and_channels(threads: int, set_threads: Callable[[int], None]) -> None:
     """Of 256 and 512 at most, and of 64 at least where that is a thread's share; the last ones shorter."""
     inputs = LossCase(300, 1100, 600, 300, 200).inputs(torch.float32)
-    with on_threads(threads):
-        got = run(inputs)
-    assert_within_budgets(got, inputs)
+    set_threads(threads)
+    assert_within_budgets(run(inputs), inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

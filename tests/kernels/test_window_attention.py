@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -263,15 +264,12 @@ def test_backward_is_deterministic(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [NATIVE.param()])
-def test_bits_do_not_depend_on_threads(target: Target) -> None:
+def test_bits_do_not_depend_on_threads(target: Target, set_threads: Callable[[int], None]) -> None:
     case = WindowCase(3, (4, 28, 28), (2, 4, 4), (1, 2, 2), heads=4, head_dim=8)  # 1152 boxes: several to a table sum
-    inputs, before, results = case.inputs(torch.float32), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(attention(case, target), *inputs))
-    finally:
-        torch.set_num_threads(before)
+    inputs, results = case.inputs(torch.float32), []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        results.append(run(attention(case, target), *inputs))
     for name in results[0]:
         assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
 

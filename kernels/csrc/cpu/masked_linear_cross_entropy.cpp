@@ -32,9 +32,8 @@ constexpr int64_t kLeastScratch = 4 << 20;
 // Classes in a product that gives logits: with all at once products of few rows take 10 % longer. Also classes of the
 // weight that are converted at a time, 1 MB for 1024 channels.
 constexpr int64_t kClassBlock = 256;
-// Channels in a product that gives gradients of hidden, and the unit of both blocks.
-constexpr int64_t kChannelBlock = 512, kBlockUnit = 64;
-constexpr int64_t kColumnBlock = 256;
+// Channels in a product that gives gradients of hidden; columns that are divided at a time; the unit of all blocks.
+constexpr int64_t kChannelBlock = 512, kColumnBlock = 256, kBlockUnit = 64;
 
 const MaskedLinearCrossEntropyKernels& kernels() {
   static const MaskedLinearCrossEntropyKernels& chosen = BEVT_CHOOSE(masked_linear_cross_entropy);
@@ -170,12 +169,8 @@ void exponentials(const at::Tensor& z, const at::Tensor& bias, const Slot* slots
 void divide(const at::Tensor& z, const std::vector<float>& sums, std::vector<double>& totals) {
   const int64_t rows = z.size(0), stride = z.stride(0);
   float* data = z.mutable_data_ptr<float>();
-  at::parallel_for(0, (stride + kColumnBlock - 1) / kColumnBlock, 1, [&](int64_t first, int64_t last) {
-    for (int64_t column = first * kColumnBlock; column < std::min(last * kColumnBlock, stride);
-         column += kColumnBlock) {
-      kernels().divide(data + column, stride, rows, std::min(kColumnBlock, stride - column), sums.data(),
-                       totals.data() + column);
-    }
+  for_column_blocks(stride, kColumnBlock, [&](int64_t first, int64_t n) {
+    kernels().divide(data + first, stride, rows, n, sums.data(), totals.data() + first);
   });
 }
 

@@ -43,6 +43,7 @@ USAGE = """usage: bevt COMMAND ...
   tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
   data check SOURCE       say what is wrong with the files, and what to do
+  data bench SOURCE       how fast each backend makes samples of the files, part by part
   budget RECIPE           multiply-adds, parameters, memory and hours of a recipe
   doctor                  what this installation can do, and what is missing
 
@@ -125,11 +126,13 @@ class DataIndexArgs:
     """
 
     source: tyro.conf.Positional[str]
-    """Folder (all levels) or list file (`path label` lines) of videos or images."""
+    """Folder (all levels), tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json."""
     kind: Literal["auto", "clips", "images"] = "auto"
     """`clips` are videos; `auto`: what the source holds more of."""
     out: Path | None = None
     """Where the manifest goes; default: hidden, inside the folder, where pretraining finds it again."""
+    most: int = 20
+    """Unreadable files that are named."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,29 @@ class DataCheckArgs:
     """Say what is wrong with a source's files, and what to do. Exit status 1 where a file cannot be used."""
 
     source: tyro.conf.Positional[str]
-    """Folder (all levels), list file (`path label` lines), or manifest (.jsonl)."""
+    """As for `bevt data index`, or a manifest (.jsonl)."""
     kind: Literal["auto", "clips", "images"] = "auto"
     """`clips` are videos; `auto`: what the source holds more of."""
     span: int = 121
     """Source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted."""
+    most: int = 20
+    """Files of each kind of problem that are named."""
+
+
+@dataclass(frozen=True)
+class DataBenchArgs:
+    """Measure, on your own files, how fast each backend makes samples of them, and which one a run would take."""
+
+    source: tyro.conf.Positional[str]
+    """As for `bevt data index`, or a manifest (.jsonl)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """How samples are cut and by how many workers; a backend that is named is measured alone."""
+    kind: Literal["auto", "clips", "images"] = "auto"
+    """`clips` are videos; `auto`: what the source holds more of."""
+    seconds: float = 5.0
+    """Of each of some eight measurements."""
+    batch: int = 8
+    """Samples in a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -261,29 +282,63 @@ def _tokenizer_check(argv: list[str]) -> int:
 def _data_index(argv: list[str]) -> int:
     args = _parse(DataIndexArgs, argv, "bevt data index")
     manifest = _indexed(args.source, args.kind, args.out)
-    bad = [entry for entry in manifest.entries if entry.error]
-    for entry in bad:
+    bad = len(manifest.unreadable)
+    for number in manifest.unreadable[: args.most]:
+        entry = manifest.entries[number]
         print(f"{entry.path}: {entry.error}")
-    print(f"{len(manifest.readable())} readable {manifest.kind}, {len(bad)} unreadable")
-    return 0 if manifest.readable() else 1
+    if bad > args.most:
+        print(f"... and {bad - args.most} more")
+    print(f"{len(manifest.entries) - bad} readable {manifest.kind}, {bad} unreadable")
+    return 0 if bad < len(manifest.entries) else 1
 
 
 def _data_check(argv: list[str]) -> int:
     args = _parse(DataCheckArgs, argv, "bevt data check")
-    from bevt.data.manifest import check
+    from rich.console import Console
+    from rich.table import Table
+
+    from bevt.data.check import CATEGORIES, check
 
     manifest = _indexed(args.source, args.kind, None)
     problems = check(manifest, args.span)
-    for problem in problems:
-        print(f"{problem.severity:8}{problem.path}: {problem.what}\n{'':8}{problem.advice}")
-    errors = sum(problem.severity == "error" for problem in problems)
+    table = Table("problem", "files", "", "what to do", box=None)
+    for name, (severity, advice) in CATEGORIES.items():
+        found = [problem for problem in problems if problem.category == name]
+        if not found:
+            continue
+        table.add_row(name, str(len(found)), severity, advice)
+        print(f"{name}:")
+        for problem in found[: args.most]:
+            print(f"  {problem.path}: {problem.what}")
+        if len(found) > args.most:
+            print(f"  ... and {len(found) - args.most} more (--most)")
+    if problems:
+        print()
+        Console(highlight=False).print(table)
+    errors = sum(CATEGORIES[problem.category].severity == "error" for problem in problems)
     print(f"{len(manifest.entries)} {manifest.kind}: {errors} cannot be used, {len(problems) - errors} other remarks")
     return 1 if errors else 0
 
 
+def _data_bench(argv: list[str]) -> int:
+    args = _parse(DataBenchArgs, argv, "bevt data bench")
+    from rich.console import Console
+
+    from bevt.data.bench import bench
+
+    if args.data.clips or args.data.images:
+        raise ConfigError("--data.clips and --data.images are a run's: the files to read are the SOURCE")
+    kind = _indexed(args.source, args.kind, None).kind
+    with Console(stderr=True).status("measuring"):
+        report = bench(args.source, kind, args.data, batch=args.batch, seconds=args.seconds)
+    Console(highlight=False).print(report)
+    return 0
+
+
 def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
-    from bevt.data.manifest import Manifest, cache_path, guess_kind, index
+    from bevt.data.manifest import Manifest, cache_path, index
+    from bevt.data.sources import guess_kind
     from bevt.train.metrics import counting
 
     if source.endswith(".jsonl"):
@@ -323,6 +378,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("tokenizer", "check"): _tokenizer_check,
     ("data", "index"): _data_index,
     ("data", "check"): _data_check,
+    ("data", "bench"): _data_bench,
     ("budget",): _budget,
     ("doctor",): _doctor,
 }

@@ -81,6 +81,8 @@ class TokenizerConfig:
     """Type of the encoder's convolutions. `auto`: float16 on CUDA, as the published encoder computes; else float32."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether torch.compile fuses what surrounds the convolutions. `auto`: yes for `dalle` on CUDA, else no."""
+    cache: str = ""
+    """Folder that keeps the codes of the fixed views (`data.views`) for later epochs and runs; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class DataConfig:
     """Frames in a clip."""
     stride: int = 8
     """Source frames from one frame of the clip to the next; a source that is too short loops."""
+    sampling: Literal["dense", "segments"] = "dense"
+    """`dense`: frames `stride` apart. `segments`: one from each of `frames` equal parts of the video (SSv2)."""
     short_side: tuple[int, int] = (256, 320)
     """The short side is resized (bicubic) to a length drawn uniformly from this range, in pixels."""
     crop: int = 224
@@ -125,12 +129,18 @@ class DataConfig:
     """Probability of a horizontal flip."""
     jitter: float = 0.4
     """Image stream only: brightness, contrast and saturation factors are drawn from 1 - jitter .. 1 + jitter."""
-    backend: Literal["auto", "pyav"] = "auto"
-    """Decoder of videos."""
+    views: int = 0
+    """0: each visit cuts a sample anew. V > 0: each file has V fixed views (frames, crop, flip, jitter), of which each
+    visit takes one, with a new mask: what a token cache needs."""
+    backend: Literal["auto", "pyav", "dali", "torchcodec"] = "auto"
+    """Decoder of videos and images; `auto` times those that can read the files and takes the fastest."""
     workers: int = 4
-    """Decoding processes; 0 decodes in the training process. The samples do not depend on it."""
+    """Decoding processes (`dali`: threads); 0 decodes in the training process. The samples do not depend on it."""
     prefetch: int = 2
-    """Micro-batches each worker keeps ready."""
+    """Micro-batches that each worker (`dali`: the pipeline) keeps ready."""
+    worker_death: Literal["restart", "stop"] = "restart"
+    """A decoding process that dies (killed, out of memory) is named; then `restart` decodes what it had begun anew,
+    unless the same micro-batch kills it again, and `stop` ends the run with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +306,16 @@ def check(config: Config) -> None:
         raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
     if t.clips and config.clip_mask.kind == "block":
         raise ConfigError("clip_mask.kind 'block' is the image stream's; use 'tube' or one of Table 9's")
+    if config.tokenizer.cache and not d.views:
+        raise ConfigError(
+            "tokenizer.cache keeps the codes of views that come back, but data.views = 0 cuts every sample anew: "
+            "set data.views (4, say), or leave tokenizer.cache empty"
+        )
+    if config.tokenizer.cache and d.backend == "auto":
+        raise ConfigError(
+            "tokenizer.cache keeps codes of one decoder's pixels, and data.backend 'auto' may take another one every "
+            "time: name it ('pyav', say)"
+        )
     if o.warmup_epochs > o.epochs:
         raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
 
@@ -337,6 +357,7 @@ def _check_ranges(config: Config) -> None:
     }
     zero_or_above = {
         "data.workers": d.workers,
+        "data.views": d.views,
         "optim.weight_decay": o.weight_decay,
         "optim.clip_grad": o.clip_grad,
         "optim.warmup_epochs": o.warmup_epochs,

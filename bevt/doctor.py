@@ -12,7 +12,6 @@ import torch
 
 OPTIONAL = {
     "triton": "GPU kernels",
-    "nvidia.dali": "decoding on the GPU",
     "xformers": "a benchmark baseline",
     "transformers": "tests against independent implementations",
 }
@@ -73,9 +72,21 @@ def _codecs() -> tuple[str, str]:
         return "PyAV is not installed", "PyAV, for the video stream: pip install av"
     import av
 
+    from bevt.data import DataError, dali, torchcodec
+
     wanted = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
-    names = [codec for codec in wanted if _decodes(av.codec.Codec, codec)]
-    return f"PyAV {av.__version__}: {', '.join(names)}", ""
+    lines = [f"PyAV {av.__version__}: {', '.join(codec for codec in wanted if _decodes(av.codec.Codec, codec))}"]
+    try:
+        where = "gpu" if torch.cuda.is_available() else "cpu"
+        lines.append(f"DALI {dali.library().__version__}: {', '.join(dali.CODECS[where])}")
+    except DataError as error:
+        lines.append(str(error))
+    try:
+        torchcodec.library()
+        lines.append("torchcodec: what its FFmpeg decodes")
+    except DataError as error:
+        lines.append(str(error))
+    return f"\n{'':16}".join(lines), ""
 
 
 def _decodes(codec: Callable[..., object], name: str) -> bool:

@@ -7,52 +7,143 @@ neither the number of devices nor the size of a micro-batch, and nothing depends
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
-import multiprocessing
-import traceback
-from collections import deque
+import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from bevt import masking
-from bevt.config import Config, ConfigError, MaskConfig, UserError
-from bevt.data import DataError, pyav
+from bevt.config import Config, ConfigError, DataConfig
+from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
-from bevt.data.manifest import Manifest, open_source
-from bevt.data.processes import context, end, initialize
-from bevt.data.sampling import STREAMS, Request, Sampler, Stream
+from bevt.data.decoding import Backend, Masks, Plan, Processes
+from bevt.data.files import ReadError
+from bevt.data.manifest import MOST_NAMED, Manifest, open_source
+from bevt.data.sampling import NEVER_REPLACED, STREAMS, Request, Sampler, Stream
 
 MOST_SUBSTITUTES = 10
 """Unreadable files in a row for one position after which the data counts as broken."""
 
-READERS: dict[str, Callable[[Request], np.ndarray]] = {"pyav": pyav.read}
-"""Decoding backends by name."""
+BACKENDS = ("dali", "torchcodec", "pyav")
+"""Decoders by name."""
+
+TRIAL_SECONDS = 3.0
+"""How long `choose_backend` times each candidate, from its second micro-batch on."""
 
 FRAMES_PER_CLIP = 4
 """Frames that `frame_batches` takes from one clip: decoding costs most of the way to the last one anyway."""
 
-_NEVER_REPLACED = "held-out data is never replaced: repair the file or remove it"
-
 _log = logging.getLogger("bevt.data")
 
 
-def build_loader(config: Config, *, rank: int = 0, world_size: int = 1) -> StepLoader:
+def build_loader(config: Config, *, rank: int = 0, world_size: int = 1, prefer: str = "") -> StepLoader:
     """The training data of one device, from step 0 on (`load_state_dict` continues elsewhere).
 
     A file that turns out unreadable is logged and listed in `Batch.bad`; those that the index knows already are in
-    `unreadable`. Raises ConfigError where the batch sizes do not divide, the backend does not exist or a mask does not
-    fit the crop, DataError where a source holds nothing that can be read.
+    `unreadable`. `prefer` as in `choose_backend`. Raises ConfigError where the batch sizes do not divide, the backend
+    cannot serve or a mask does not fit the crop, DataError where a source holds nothing that can be read.
     """
-    return StepLoader(config, rank, world_size)
+    return StepLoader(config, rank, world_size, prefer)
+
+
+class Choice(NamedTuple):
+    """A backend, and why it is the one."""
+
+    name: str
+    why: str
+
+
+def make_backend(name: str, data: DataConfig) -> Backend:
+    """The backend of that name, on the current GPU where it uses one. Raises DataError where it does not import."""
+    if name == "dali":
+        from bevt.data import dali
+
+        return dali.Pipelines(data, _device_id())
+    return Processes(name, data)
+
+
+def refusal(name: str, manifests: Iterable[Manifest]) -> str:
+    """Why the backend cannot serve these files here; empty where it can."""
+    try:
+        if name == "dali":
+            from bevt.data import dali
+
+            dali.library()
+            return next(filter(None, (dali.refusal(manifest, _device_id()) for manifest in manifests)), "")
+        (torchcodec if name == "torchcodec" else pyav).library()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def choose_backend(config: Config, samplers: dict[Stream, Sampler], prefer: str = "") -> Choice:
+    """The backend that `data.backend` names; for `auto` the fastest of those that can read these files.
+
+    `auto` lets each of them decode the first samples of an epoch for TRIAL_SECONDS, with the run's own workers and
+    micro-batches; where only one can serve, or `prefer` (what a resumed run began with) still can, none is timed.
+    Raises ConfigError where a named one cannot serve, with what can, DataError where none can.
+    """
+    manifests = [sampler.manifest for sampler in samplers.values()]
+    refusals = {name: refusal(name, manifests) for name in BACKENDS}
+    able = [name for name in BACKENDS if not refusals[name]]
+    wanted = config.data.backend
+    if wanted != "auto":
+        if wanted not in BACKENDS:
+            raise ConfigError(
+                f"data.backend {wanted!r} does not exist; known: 'auto', {', '.join(map(repr, sorted(BACKENDS)))}"
+            )
+        if wanted not in able:
+            others = f"{', '.join(able)} can" if able else "nor can any other"
+            raise ConfigError(f"data.backend {wanted!r} cannot read this data: {refusals[wanted]}; {others}")
+        return Choice(wanted, "as configured")
+    unable = "".join(f"; not {name}: {reason}" for name, reason in refusals.items() if reason)
+    if not able:
+        raise DataError(f"nothing here can decode this data{unable}")
+    if prefer in able:
+        return Choice(prefer, "as the run began")
+    if len(able) == 1:
+        return Choice(able[0], f"the only one that can read this data here{unable}")
+    rates = {name: _trial(config, samplers, make_backend(name, config.data)) for name in able}
+    best = max(rates, key=lambda name: rates[name])
+    listed = ", ".join(f"{name} {rate:.1f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
+    return Choice(best, f"fastest on this data, samples a second: {listed}{unable}")
+
+
+def _trial(config: Config, samplers: dict[Stream, Sampler], backend: Backend) -> float:
+    """Samples a second that the backend decodes, for TRIAL_SECONDS after its first micro-batch."""
+    sizes: dict[Stream, int] = {"clips": config.train.micro_clips, "images": config.train.micro_images}
+
+    def plans() -> Iterator[Plan]:
+        position = 0
+        while True:
+            yield Plan(
+                *(
+                    [samplers[stream].request(position * size + i) for i in range(size)] if stream in samplers else []
+                    for stream, size in sizes.items()
+                )
+            )
+            position += 1
+
+    done, begin = 0, 0.0
+    with contextlib.closing(backend.decode(plans(), Masks(config, ()))) as running:
+        for plan, decoded in running:
+            if begin == 0:
+                begin = time.perf_counter()  # what starts up and fills the queues is not the rate
+                continue
+            done += len(plan.clips) + len(plan.images) - len(decoded.failures)
+            if (elapsed := time.perf_counter() - begin) >= TRIAL_SECONDS:
+                return done / elapsed
+    raise AssertionError("the plans do not end")
+
+
+def _device_id() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 class StepLoader:
@@ -62,19 +153,25 @@ class StepLoader:
     """Micro-batches in one optimizer step."""
     steps_per_epoch: float
 
-    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+    def __init__(self, config: Config, rank: int, world_size: int, prefer: str) -> None:
         self._config, self._rank, self._world_size = config, rank, world_size
         self.accumulation = _accumulation(config, world_size)
         self.num_workers = config.data.workers
-        self._decoder = _Decoder(config, [stream for stream in STREAMS if getattr(config.train, stream)])
-        self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True)
+        self._masked: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
+        Masks(config, self._masked)  # raises here, not when the first batch is asked for
+        self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=rank > 0)
+        self.choice = choose_backend(config, self._samplers, prefer)
+        self.backend = self.choice.name
+        self._named: set[str] = set()
         self.clips, self.images = (len(self._samplers.get(stream, ())) for stream in STREAMS)
         """Files of each stream."""
         self.unreadable = tuple(
-            BadFile(stream, -1, sampler.manifest.locate(entry), entry.error, "the next readable file of the epoch")
+            BadFile(
+                stream, -1, sampler.manifest.locate(entry), entry.error or "", "the next readable file of the epoch"
+            )
             for stream, sampler in self._samplers.items()
-            for entry in sampler.manifest.entries
-            if entry.error
+            for number in sampler.manifest.unreadable.tolist()
+            for entry in (sampler.manifest.entries[number],)
         )
         if "clips" in self._samplers:
             self.steps_per_epoch = self.clips / config.train.clips
@@ -90,7 +187,14 @@ class StepLoader:
         return self._running
 
     def _batches(self) -> Generator[Batch, None, None]:
-        batches = _serve(self._decoder, self._samplers, self._plans(self._start), self._config)
+        batches = _serve(
+            self._config,
+            self._samplers,
+            self._plans(self._start),
+            self._masked,
+            backend=make_backend(self.backend, self._config.data),
+            named=self._named,
+        )
         with contextlib.closing(batches):
             for batch in batches:
                 self._served += 1
@@ -118,6 +222,19 @@ class StepLoader:
         if running is not None:
             running.close()
 
+    @property
+    def slots(self) -> dict[Stream, int]:
+        """By stream, files * `data.views`: how many different views there are; 0 where they are not fixed."""
+        return {stream: len(sampler) * self._config.data.views for stream, sampler in self._samplers.items()}
+
+    def fingerprint(self, stream: Stream) -> str:
+        """16 hex digits of all that decides the pixels of a stream's fixed views: files, cut, decoder."""
+        data = self._config.data
+        keys = ["crop", "short_side", "flip", "views"]
+        keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
+        decides = [self._samplers[stream].manifest.fingerprint(), self.backend, *(getattr(data, key) for key in keys)]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
     def _step(self) -> int:
         return self._start + self._served // self.accumulation
 
@@ -131,7 +248,7 @@ class StepLoader:
             out[f"fingerprint of the {stream}"] = sampler.manifest.fingerprint() if sampler else ""
         return out
 
-    def _plans(self, step: int) -> Iterator[_Plan]:
+    def _plans(self, step: int) -> Iterator[Plan]:
         """What this rank decodes, micro-batch by micro-batch, without end."""
         train = self._config.train
         shares: tuple[tuple[Stream, int, int], ...] = (
@@ -141,7 +258,7 @@ class StepLoader:
         while True:
             for micro in range(self.accumulation):
                 share = micro * self._world_size + self._rank
-                yield _Plan(
+                yield Plan(
                     *(
                         [self._samplers[stream].request(step * total + share * size + i) for i in range(size)]
                         if total
@@ -152,11 +269,24 @@ class StepLoader:
             step += 1
 
 
-def check_held_out(manifest: Manifest) -> None:
-    """Raise DataError where a file cannot be read: in held-out data nothing is replaced."""
-    for entry in manifest.entries:
-        if entry.error:
-            raise DataError(f"{manifest.locate(entry)}: {entry.error}; {_NEVER_REPLACED}")
+def check_held_out(manifest: Manifest, backend: str) -> None:
+    """Raise DataError where not all can be read, listing the files: in held-out data nothing is replaced.
+
+    Likewise where `backend`, unless it is `auto`, cannot serve them.
+    """
+    if backend != "auto" and (reason := refusal(backend, [manifest])):
+        raise DataError(f"data.backend {backend!r} cannot read the held-out data in {manifest.root}: {reason}")
+    bad = [manifest.entries[number] for number in manifest.unreadable[: MOST_NAMED + 1].tolist()]
+    if bad:
+        named = [(manifest.locate(entry), entry.error or "") for entry in bad]
+        raise DataError(_refused(named, len(manifest.unreadable), len(manifest.entries)))
+
+
+def _refused(bad: list[tuple[str, str]], count: int, total: int) -> str:
+    """The message for held-out files that cannot be read: the first of them, (path, reason) each."""
+    listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_NAMED])
+    more = f"\n  ... and {count - MOST_NAMED} more (`bevt data check` lists them)" if count > MOST_NAMED else ""
+    return f"{count} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"
 
 
 def eval_batches(
@@ -176,20 +306,26 @@ def eval_batches(
     )
 
     for sampler in samplers.values():
-        check_held_out(sampler.manifest)
+        check_held_out(sampler.manifest, "auto")
     sizes: dict[Stream, tuple[int, int]] = {
         "clips": (train.eval_clips, micro_clips or train.micro_clips),
         "images": (train.eval_images, micro_images or train.micro_images),
     }
 
-    def plans() -> Iterator[_Plan]:
-        for stream, sampler in samplers.items():
-            count, size = sizes[stream]
-            requests = [sampler.request(position) for position in range(min(count, len(sampler)))]
-            for i in range(0, len(requests), size):
-                yield _Plan(**{"clips": [], "images": [], stream: requests[i : i + size]})
+    def plans(stream: Stream) -> Iterator[Plan]:
+        (count, size), sampler = sizes[stream], samplers[stream]
+        requests = [sampler.request(position) for position in range(min(count, len(sampler)))]
+        for i in range(0, len(requests), size):
+            yield Plan(**{"clips": [], "images": [], stream: requests[i : i + size]})
 
-    return _serve(_Decoder(config, samplers), samplers, plans(), config, substitute=False)
+    backend = make_backend(choose_backend(config, samplers).name, config.data)
+    Masks(config, samplers)  # raises here, not when the first batch is asked for
+
+    def run() -> Generator[Batch, None, None]:
+        for stream in samplers:
+            yield from _serve(config, samplers, plans(stream), [stream], backend=backend, substitute=False)
+
+    return run()
 
 
 def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tensor, None, None]:
@@ -207,203 +343,85 @@ def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tenso
     from_clips = 0 if not data.clips else batch_size if not data.images else (batch_size + 1) // 2
     clips, images = -(-from_clips // FRAMES_PER_CLIP), batch_size - from_clips
 
-    def plans() -> Iterator[_Plan]:
+    def plans() -> Iterator[Plan]:
         step = 0
         while True:
-            yield _Plan(
+            yield Plan(
                 [_thinned(samplers["clips"].request(step * clips + i)) for i in range(clips)],
                 [samplers["images"].request(step * images + i) for i in range(images)],
             )
             step += 1
 
-    batches = _serve(_Decoder(config, masked=()), samplers, plans(), config, adapt=_thinned)
+    backend = make_backend(choose_backend(config, samplers).name, config.data)
+    batches = _serve(config, samplers, plans(), (), backend=backend, adapt=_thinned)
     with contextlib.closing(batches):
         for batch in batches:
             parts = [] if batch.clips is None else [batch.clips.flatten(0, 1)[:from_clips]]
             yield torch.cat(parts if batch.images is None else [*parts, batch.images])
 
 
-class _Plan(NamedTuple):
-    """The samples of one micro-batch."""
-
-    clips: list[Request]
-    images: list[Request]
-
-
-class _Decoded(NamedTuple):
-    """What a worker makes of a plan; rows of files that could not be read are zero."""
-
-    clips: Tensor | None
-    clip_masks: Tensor | None
-    images: Tensor | None
-    image_masks: Tensor | None
-    failures: list[tuple[Stream, int, str]]
-    """(stream, row, reason)."""
-
-
-class _Crash(NamedTuple):
-    """What a worker returns in place of `_Decoded` where it met an exception that no rule covers."""
-
-    message: str | None
-    """Of an error for the user; None: a defect of this program."""
-    traceback: str
-
-
-class _Decoder(Dataset["_Decoded | _Crash"]):
-    """Plans in, pixels and masks (of the streams `masked`) out; what a worker process holds. It knows no manifest.
-
-    Raises ConfigError where the backend does not exist or a mask does not fit the crop.
-    """
-
-    def __init__(self, config: Config, masked: Collection[Stream]) -> None:
-        if config.data.backend not in ("auto", *READERS):
-            raise ConfigError(
-                f"data.backend {config.data.backend!r} does not exist; known: 'auto', {', '.join(map(repr, READERS))}"
-            )
-        self.backend = "pyav" if config.data.backend == "auto" else config.data.backend
-        side = config.data.crop // 16  # the map of stage 3, and the tokenizer's codes at half the resolution
-        kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {
-            "clips": (config.clip_mask, (config.data.frames // 2, side, side)),
-            "images": (config.image_mask, (1, side, side)),
-        }
-        self.masks = {stream: kinds[stream] for stream in masked}
-        for mask, grid in self.masks.values():
-            masking.capacity(mask, grid)  # raises here, not in a worker
-
-    def __getitem__(self, plan: _Plan) -> _Decoded | _Crash:
-        failures: list[tuple[Stream, int, str]] = []
-        try:
-            clips = self._pixels(plan.clips, failures)
-            images = self._pixels(plan.images, failures)
-            clip_masks = self._masks("clips", plan.clips)
-            image_masks = self._masks("images", plan.images)
-        except Exception as error:  # whatever it is, torch would raise another one in its place, without a type
-            return _Crash(str(error) if isinstance(error, UserError) else None, traceback.format_exc())
-        return _Decoded(clips, clip_masks, images, None if image_masks is None else image_masks.squeeze(1), failures)
-
-    def read(self, request: Request) -> Tensor:
-        """One sample's pixels. Raises ReadError; DataError where memory does not suffice."""
-        try:
-            return torch.from_numpy(np.ascontiguousarray(READERS[self.backend](request)))
-        except MemoryError as error:
-            raise DataError(
-                f"{request.path}: not enough memory to decode it; lower data.workers or data.prefetch, or remove the "
-                "file if its pictures are huge"
-            ) from error
-
-    def _masks(self, stream: Stream, requests: list[Request]) -> Tensor | None:
-        """(samples, d, h, w) bool."""
-        if not requests or stream not in self.masks:
-            return None
-        mask, grid = self.masks[stream]
-        return torch.from_numpy(masking.generate(mask, _seeds(requests), grid))
-
-    def _pixels(self, requests: list[Request], failures: list[tuple[Stream, int, str]]) -> Tensor | None:
-        if not requests:
-            return None
-        first = requests[0]
-        frames = (len(first.frames),) if first.stream == "clips" else ()
-        out = torch.zeros(len(requests), *frames, first.size, first.size, 3, dtype=torch.uint8)
-        for row, request in enumerate(requests):
-            try:
-                out[row] = self.read(request)
-            except pyav.ReadError as error:
-                failures.append((request.stream, row, error.reason))
-        return out
-
-
 def _serve(
-    decoder: _Decoder,
-    samplers: dict[Stream, Sampler],
-    plans: Iterable[_Plan],
     config: Config,
+    samplers: dict[Stream, Sampler],
+    plans: Iterable[Plan],
+    masked: Collection[Stream],
     *,
+    backend: Backend,
     substitute: bool = True,
     adapt: Callable[[Request], Request] = lambda request: request,
+    named: set[str] | None = None,
 ) -> Generator[Batch, None, None]:
-    """Batches of the plans, in order, decoded by `data.workers` processes; ends them when it ends or is closed.
+    """Batches of the plans, in order; ends the backend's helpers when it ends or is closed.
 
     Replacements are decoded here, in the calling process, which alone holds the manifests: they are rare, and workers
-    that need no manifest start fast and stay small. Raises DataError where a worker dies, RuntimeError with the
-    worker's traceback where it meets a defect of this program.
+    that need no manifest start fast and stay small. The log names an unreadable file once; `named` holds those that it
+    has named already. Without `substitute`, no batch follows an unreadable file, and when all plans are
+    read a DataError lists all such files.
     """
-    workers = config.data.workers
-    queue: deque[_Plan] = deque()  # plans handed to the workers, oldest first
-
-    def remember() -> Iterator[_Plan]:
-        for plan in plans:
-            queue.append(plan)
-            yield plan
-
-    loader: DataLoader[_Decoded | _Crash] = DataLoader(
-        decoder,
-        batch_size=None,
-        sampler=remember(),
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=config.data.prefetch if workers else None,
-        multiprocessing_context=context() if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=initialize,
-    )
-    running: list[Iterator[_Decoded | _Crash]] = []
-    helpers: list[BaseProcess] = []
-
-    def stop() -> None:
-        running.clear()  # the only reference, whose end ends the workers, unless a traceback holds another
-        end(helpers)
-
-    atexit.register(stop)
-    try:
-        others = set(multiprocessing.active_children())
-        try:
-            running.append(iter(loader))
-        finally:
-            helpers += [child for child in multiprocessing.active_children() if child not in others]
-        while True:
-            try:
-                decoded = next(running[0])
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
-                    raise
-                raise DataError(
-                    f"a decoding process died ({error}): killed from outside, out of memory (lower data.workers or "
-                    "data.prefetch), or a file that crashes the decoder (`bevt data check`)"
-                ) from error
-            plan = queue.popleft()
-            if isinstance(decoded, _Crash):
-                if decoded.message is not None:
-                    raise DataError(decoded.message)
-                names = ", ".join(request.path for request in (*plan.clips, *plan.images))
-                raise RuntimeError(f"a defect of bevt, met while decoding one of {names}:\n{decoded.traceback}")
+    named = set() if named is None else named
+    lost: list[tuple[str, str]] = []
+    count = 0
+    with contextlib.closing(backend.decode(plans, Masks(config, masked))) as running:
+        for plan, decoded in running:
             bad: list[BadFile] = []
+            count += len(plan.clips) + len(plan.images)
+            if not substitute:
+                lost += [(getattr(plan, name)[row].path, reason) for name, row, reason in decoded.failures]
+            if lost:  # go on reading, so that all of them can be named
+                continue
             for name, row, reason in decoded.failures:
                 request = getattr(plan, name)[row]
-                if not substitute:
-                    raise DataError(f"{request.path}: {reason}; {_NEVER_REPLACED}")
-                used = _replace(decoder, samplers[name], request, reason, adapt, getattr(decoded, name)[row], bad)
+                used = _replace(backend, samplers[name], request, reason, adapt, getattr(decoded, name)[row], bad)
                 getattr(plan, name)[row] = used
             for report in bad:
-                _log.warning("%s: %s; read in its place: %s", report.path, report.error, report.replaced_by)
+                if report.path not in named:
+                    named.add(report.path)
+                    _log.warning("%s: %s; read in its place: %s", report.path, report.error, report.replaced_by)
             yield Batch(
                 clips=decoded.clips,
                 clip_masks=decoded.clip_masks,
                 images=decoded.images,
                 image_masks=decoded.image_masks,
                 image_jitter=torch.tensor([request.jitter for request in plan.images]) if plan.images else None,
+                clip_slots=_slots(plan.clips),
+                image_slots=_slots(plan.images),
                 clip_ids=tuple(request.id for request in plan.clips),
                 image_ids=tuple(request.id for request in plan.images),
                 bad=tuple(bad),
             )
-    finally:
-        stop()
-        atexit.unregister(stop)
+    if lost:
+        raise DataError(_refused(lost, len(lost), count))
+
+
+def _slots(requests: list[Request]) -> Tensor | None:
+    """(samples,) int64; None where there are no samples, or their views are not fixed."""
+    if not requests or requests[0].slot < 0:
+        return None
+    return torch.tensor([request.slot for request in requests])
 
 
 def _replace(
-    decoder: _Decoder,
+    backend: Backend,
     sampler: Sampler,
     request: Request,
     reason: str,
@@ -416,8 +434,8 @@ def _replace(
     for k in range(1, min(MOST_SUBSTITUTES, sampler.readable - 1) + 1):
         other = adapt(sampler.request(request.position, substitute=k))
         try:
-            into.copy_(decoder.read(other))
-        except pyav.ReadError as error:
+            backend.read([other], [into])
+        except ReadError as error:
             failed.append((error.path, error.reason))
             continue
         bad.extend(BadFile(request.stream, request.position, path, why, other.path) for path, why in failed)
@@ -429,13 +447,13 @@ def _replace(
     )
 
 
-def _samplers(config: Config, clips: bool, images: bool, *, train: bool) -> dict[Stream, Sampler]:
-    """The samplers of the streams that take part."""
+def _samplers(config: Config, clips: bool, images: bool, *, train: bool, kept: bool = False) -> dict[Stream, Sampler]:
+    """The samplers of the streams that take part; `kept`: of the manifests that the first process has just made."""
     samplers = {}
     wanted: tuple[tuple[Stream, bool], ...] = (("clips", clips), ("images", images))
     for stream, used in wanted:
         if used:
-            manifest = open_source(getattr(config.data, stream), stream)
+            manifest = open_source(getattr(config.data, stream), stream, kept=kept)
             samplers[stream] = Sampler(manifest, config.data, stream, config.train.seed, train=train)
     return samplers
 
@@ -467,11 +485,3 @@ def _thinned(request: Request) -> Request:
     step = max(1, len(request.frames) // FRAMES_PER_CLIP)
     frames = request.frames[::step][:FRAMES_PER_CLIP]
     return dataclasses.replace(request, frames=frames)
-
-
-def _seeds(requests: list[Request]) -> np.ndarray:
-    return np.array([request.mask_seed for request in requests], np.int64)
-
-
-def _unchanged(decoded: Any) -> Any:
-    return decoded

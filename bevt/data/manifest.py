@@ -1,88 +1,91 @@
-"""What files there are, what is in them, and what is wrong with them: every file is probed once.
+"""What files there are and what is in them: every file is probed once, and what was found is kept.
 
-A manifest is a `.jsonl` file: a header line (version, kind, root), then one line a file, sorted by path. Files whose
-size and modification time are unchanged are not probed again.
+A manifest is a `.jsonl` file: a header line, then one line a file, sorted by path. The header holds whatever would need
+a pass over all lines, so that loading one of a million files parses none of them: an entry is parsed when it is asked
+for, out of a file that all processes of a machine map. Files whose size and modification time are unchanged are not
+probed again; where nothing has changed, indexing a folder again lists it and does nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
-import math
+import mmap
 import os
-import re
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, overload
+
+import numpy as np
 
 from bevt.data import DataError
-from bevt.data.processes import context, cores, initialize
+from bevt.data.entry import EXTENSIONS, Entry, Kind, dump, located, parse
+from bevt.data.files import File
+from bevt.data.probe import probe_all
+from bevt.data.processes import cores
+from bevt.data.sources import Found, find, members
 
-Kind = Literal["clips", "images"]
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
-
-EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "clips": (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"),
-    "images": (".jpg", ".jpeg", ".png", ".webp", ".bmp"),
-}
-
-SPARSE_KEYS = 250
-"""Key frames further apart than this (x264's default) make seeking slow."""
 
 MOST_NAMED = 20
 """Unreadable files of one source that the log names; the others are counted."""
 
-VERSION = 1
+VERSION = 2
 
-_KEY_SPACING = 12
-"""Key frames closer than this to the last one kept are left out of `Entry.keys`: seeking would gain nothing."""
-
-_EXACT_PACKETS = {"h264", "hevc", "vp9", "av1"}
-"""Codecs of which one packet of an MP4 or Matroska file is one shown frame (VP8 hides some, AVI splits some)."""
+_BLOCK = 1 << 22
+"""Bytes that are checked and split into lines at a time."""
 
 _log = logging.getLogger("bevt.data")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file. An image has 1 frame and no rate; a file with an `error` has nothing but its name, size and time."""
+class _Lines(Sequence[Entry]):
+    """The entries of a manifest file, parsed one at a time; 8 bytes of memory an entry and process."""
 
-    path: str
-    """Relative to the manifest's root, with forward slashes; or absolute."""
-    bytes: int
-    mtime_ns: int
-    error: str | None = None
-    """Why the file cannot be used; None: it can."""
-    label: str | int | None = None
-    """The number in a list file, or the name of the parent folder; None for a file at the root."""
-    width: int = 0
-    """Pixels, upright: after the rotation that phones and EXIF store beside the pixels."""
-    height: int = 0
-    format: str = ""
-    """Codec of a video (`h264`), format of an image (`JPEG`)."""
-    pixel_format: str = ""
-    frames: int = 0
-    """Frames that the decoder shows."""
-    fps: Fraction | None = None
-    """Average frame rate."""
-    variable_rate: bool = False
-    """Some gap between frames differs from the usual one by more than a tenth."""
-    key_interval: int = 0
-    """Largest distance, in frames, from one key frame to the next or to the end."""
-    seconds: float = 0.0
-    keys: tuple[tuple[int, int], ...] = ()
-    """(frame number, timestamp) of key frames at which decoding may start; empty where seeking cannot be relied on."""
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Map the file and find its lines. Raises DataError where they are not those that the header was made of."""
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            position = len(file.readline())
+            starts = [np.array([position])]  # of every line, and the end of the last one
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            while block := file.read(_BLOCK):  # not through the map: its pages would count as this process's memory
+                digest.update(block)
+                starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position + 1)
+                position += len(block)
+        self._starts = np.concatenate(starts)
+        if digest.hexdigest() != header["digest"] or len(self) != header["entries"]:
+            raise DataError(
+                f"the manifest {path} is cut off, or its lines were edited after `bevt data index` wrote them: index "
+                "the files again; to use only some of them, give a list of `path label` lines"
+            )
+        self.unreadable = np.array(header["unreadable"], np.int64)
+        self.formats = tuple((name, pixels) for name, pixels in header["formats"])
+        self.fingerprint: str = header["fingerprint"]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | Sequence[Entry]:
+        number = range(len(self))[index]
+        if isinstance(number, range):
+            return tuple(self[i] for i in number)
+        return parse(self._bytes[self._starts[number] : self._starts[number + 1]])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == its for mine, its in zip(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -92,95 +95,128 @@ class Manifest:
     kind: Kind
     root: str
     """Absolute folder that the paths are relative to."""
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
+    """A tuple, or the lines of a file, each parsed (15 to 60 microseconds) whenever it is asked for."""
+    listing: str = field(default="", compare=False, repr=False)
+    """Digest of what `find` found when this was made."""
+    shards: dict[str, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """Size, time and label of every tar archive, by path."""
+
+    @cached_property
+    def unreadable(self) -> np.ndarray:
+        """(n,) int64, rising: the numbers of the entries with an error."""
+        if isinstance(self.entries, _Lines):
+            return self.entries.unreadable
+        return np.array([i for i, entry in enumerate(self.entries) if entry.error is not None], np.int64)
+
+    @cached_property
+    def formats(self) -> tuple[tuple[str, str], ...]:
+        """Every (format, pixel format) that a readable entry has, in order."""
+        if isinstance(self.entries, _Lines):
+            return self.entries.formats
+        return tuple(sorted({(entry.format, entry.pixel_format) for entry in self.entries if entry.error is None}))
 
     def readable(self) -> list[Entry]:
-        """The entries without an error, in order."""
+        """The entries without an error, in order, all of them in memory."""
         return [entry for entry in self.entries if entry.error is None]
 
     def locate(self, entry: Entry) -> str:
-        """The path of the file on this machine."""
+        """What the file is called: its path on this machine, or `archive.tar/member`."""
         return os.path.join(self.root, entry.path)
 
+    def file(self, entry: Entry) -> File:
+        """Where its bytes are."""
+        return located(self.root, entry)
+
     def fingerprint(self) -> str:
-        """16 hex digits of the names and sizes of all files: what a sampler's order depends on."""
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(f"{entry.path}\0{entry.bytes}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:16]
+        """16 hex digits of the names, sizes and ranges of all samples: what a sampler's requests depend on."""
+        if isinstance(self.entries, _Lines):
+            return self.entries.fingerprint
+        return _digest(map(_identity, self.entries))[:16]
 
     def save(self, path: str | Path) -> None:
         """Write the manifest, all or nothing. A manifest inside its own root can be moved together with it."""
         path = Path(path)
-        root = "." if path.resolve().parent == Path(self.root).resolve() else self.root
-        header = {"bevt_manifest": VERSION, "kind": self.kind, "root": root}
+        header = {
+            "bevt_manifest": VERSION,
+            "kind": self.kind,
+            "root": "." if path.resolve().parent == Path(self.root).resolve() else self.root,
+            "entries": len(self.entries),
+            "unreadable": self.unreadable.tolist(),
+            "formats": self.formats,
+            "fingerprint": self.fingerprint(),
+            "listing": self.listing,
+            "shards": self.shards,
+            "digest": "0" * 64,
+        }
+        digest = hashlib.sha256()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(header) + "\n")
-                file.writelines(_dump(entry) for entry in self.entries)
+            with open(temporary, "wb") as file:
+                file.write(json.dumps(header).encode() + b"\n")
+                for entry in self.entries:
+                    line = dump(entry)
+                    digest.update(line)
+                    file.write(line)
+                file.seek(0)
+                file.write(json.dumps({**header, "digest": digest.hexdigest()}).encode())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read a manifest. Raises DataError where the file is missing, is no manifest, or is of another version."""
+        """Map a manifest. Raises DataError where the file is missing, is no manifest, is of another version, or its
+        lines are not those that were written.
+        """
         path = Path(path)
         try:
-            with open(path, encoding="utf-8") as file:
-                header = json.loads(next(file))
-                if header["bevt_manifest"] != VERSION:
-                    version = header["bevt_manifest"]
-                    raise DataError(f"{path} is a manifest of version {version}, not {VERSION}: index the files again")
-                entries = tuple(_parse(line) for line in file)
+            with open(path, "rb") as file:
+                header = json.loads(file.readline())
+            if header["bevt_manifest"] != VERSION:
+                version = header["bevt_manifest"]
+                raise DataError(f"{path} is a manifest of version {version}, not {VERSION}: index the files again")
+            root = str(path.resolve().parent / header["root"])
+            return cls(header["kind"], root, _Lines(path, header), header["listing"], header["shards"])
         except OSError as error:
             raise DataError(f"cannot read the manifest {path} ({error.strerror})") from error
-        except (StopIteration, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a manifest written by `bevt data index`") from error
-        return cls(header["kind"], str(path.resolve().parent / header["root"]), entries)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something that `check` found."""
+def probe_source(path: str, kind: Kind, *, progress: Progress | None = None, kept: bool = False) -> Manifest:
+    """The manifest of what a configuration names: a manifest (`.jsonl`), or anything that `bevt.data.sources` reads.
 
-    severity: Literal["error", "warning", "note"]
-    path: str
-    what: str
-    advice: str
-
-
-def probe_source(path: str, kind: Kind, *, progress: Progress | None = None) -> Manifest:
-    """The manifest of what a configuration names: a folder, a manifest (`.jsonl`), or a list of `path label` lines.
-
-    Folders and lists are indexed on the fly; the result is kept in `.bevt_manifest_<kind>.jsonl` inside the folder (for
-    a list: `.<name>.bevt_manifest_<kind>.jsonl` beside it), or in the user's cache folder where that is not writable.
-    Raises DataError as `index`.
+    What is no manifest is indexed on the fly; the result is kept in `.bevt_manifest_<kind>.jsonl` inside the folder
+    (for a file: `.<name>.bevt_manifest_<kind>.jsonl` beside it), or in the user's cache folder where that is not
+    writable. With `kept`, a manifest that is there is taken as it is: another process has just made it. Raises
+    DataError as `index`.
     """
     if path.endswith(".jsonl"):
         manifest = Manifest.load(path)
         if manifest.kind != kind:
             raise DataError(f"{path} lists {manifest.kind}, not {kind}")
         return manifest
-    return index(path, kind, cache=cache_path(Path(path), kind), progress=progress)
+    cache = cache_path(Path(path), kind)
+    if kept and (found := _kept(cache, kind)) is not None:
+        return found
+    return index(path, kind, cache=cache, progress=progress)
 
 
-def open_source(path: str, kind: Kind) -> Manifest:
+def open_source(path: str, kind: Kind, *, kept: bool = False) -> Manifest:
     """`probe_source` for use: unreadable files are named in the log; DataError where no file is readable."""
-    manifest = probe_source(path, kind)
-    bad = [entry for entry in manifest.entries if entry.error]
-    if len(bad) == len(manifest.entries):
-        reasons = "\n".join(f"  {entry.path}: {entry.error}" for entry in bad[:5])
-        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(f"none of the {len(bad)} {kind} in {path} can be read:\n{reasons}{more}")
-    for entry in bad[:MOST_NAMED]:
+    manifest = probe_source(path, kind, kept=kept)
+    bad, total = len(manifest.unreadable), len(manifest.entries)
+    if bad == total:
+        reasons = "\n".join(f"  {entry.path}: {entry.error}" for entry in manifest.entries[:5])
+        more = f"\n  ... and {bad - 5} more" if bad > 5 else ""
+        raise DataError(f"none of the {bad} {kind} in {path} can be read:\n{reasons}{more}")
+    for number in manifest.unreadable[:MOST_NAMED]:
+        entry = manifest.entries[number]
         _log.warning("%s: %s", manifest.locate(entry), entry.error)
     if bad:
-        more = f", {len(bad) - MOST_NAMED} more than are named here" if len(bad) > MOST_NAMED else ""
-        _log.warning(
-            "%s: %d of %d files cannot be read%s (see `bevt data check`)", path, len(bad), len(manifest.entries), more
-        )
+        more = f", {bad - MOST_NAMED} more than are named here" if bad > MOST_NAMED else ""
+        _log.warning("%s: %d of %d files cannot be read%s (see `bevt data check`)", path, bad, total, more)
     return manifest
 
 
@@ -192,155 +228,49 @@ def index(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Probe every file of a folder (all levels; hidden ones left out) or of a list file.
+    """Probe every file of a source: a folder, list, annotation file or tar archive (`bevt.data.sources`).
 
     `cache` names a manifest: unchanged files are taken from it, and it is rewritten at the end; what an interrupted run
     has probed is found again. `workers` processes (default: one a core). A file that cannot be used is an entry with an
-    `error`, never an exception. Raises DataError where the path does not exist or holds no file of the kind.
+    `error`, never an exception. Raises DataError where the path does not exist, holds no file of the kind, or is a list
+    with a malformed line.
     """
-    source = Path(path)
-    files: Sequence[tuple[str, str | int | None]]
-    if source.is_dir():
-        root, files = source.resolve(), _walk(source, EXTENSIONS[kind])
-        if not files:
-            raise DataError(f"no {kind} in the folder {path}: looked for {' '.join(EXTENSIONS[kind])}")
-    elif source.is_file():
-        root, files = source.resolve().parent, _read_list(source)
-    else:
-        raise DataError(
-            f"{path} does not exist: give a folder of {kind}, a manifest (.jsonl) or a list of `path label` lines"
-        )
+    root, found = find(path, kind)
+    listing = _digest(f"{tuple(item)!r}\n" for item in found)
+    old = _kept(Path(cache), kind) if cache else None
+    if old is not None and (old.listing, old.root) == (listing, str(root)):
+        return old
 
     partial = Path(f"{cache}.partial") if cache else None
-    known = _known(Path(cache), kind) if cache else {}
-    entries, todo = [], []
-    for name, label in files:
-        try:
-            status = os.stat(root / name)
-        except OSError as error:
-            entries.append(Entry(name, 0, 0, f"cannot be opened ({error.strerror})", label))
-            continue
-        fresh = Entry(name, status.st_size, status.st_mtime_ns, label=label)
-        old = known.get(name)
-        if old and (old.bytes, old.mtime_ns) == (fresh.bytes, fresh.mtime_ns):
-            entries.append(replace(old, label=label))
-        else:
-            todo.append(fresh)
+    entries, todo, shards = _compare(root, kind, found, old, partial)
+    if not entries and not todo:
+        raise DataError(f"no {kind} in {path}: looked for {' '.join(EXTENSIONS[kind])}, in its tar archives too")
+    total = len(entries) + len(todo)
     if todo:
-        log = open(partial, "a", encoding="utf-8") if partial else None  # noqa: SIM115
+        log = open(partial, "ab") if partial else None  # noqa: SIM115
         try:
-            for entry in _probe_all(str(root), kind, todo, workers or cores()):
+            for entry in probe_all(str(root), kind, todo, workers or cores()):
                 entries.append(entry)
                 if log:
-                    log.write(_dump(entry))
+                    log.write(dump(entry))
                     log.flush()
                 if progress:
-                    progress(len(entries), len(files))
+                    progress(len(entries), total)
         finally:
             if log:
                 log.close()
-    manifest = Manifest(kind, str(root), tuple(sorted(entries, key=lambda entry: entry.path)))
-    if cache and (todo or len(known) != len(entries)):
+    entries.sort(key=lambda entry: (entry.path, entry.start, entry.end))
+    manifest = Manifest(kind, str(root), tuple(entries), listing, shards)
+    if cache:
         manifest.save(cache)
+        manifest = Manifest.load(cache)  # which needs a hundredth of the memory
     if partial:
         partial.unlink(missing_ok=True)
     return manifest
 
 
-def check(manifest: Manifest, span: int = 0) -> list[Problem]:
-    """What is wrong with the files, worst first, and what to do about it. Reads files only to compare equal sizes.
-
-    `span`: source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted. 0: not checked.
-    """
-    problems = []
-    for entry in manifest.entries:
-
-        def add(severity: Literal["error", "warning", "note"], what: str, advice: str, path: str = entry.path) -> None:
-            problems.append(Problem(severity, path, what, advice))
-
-        if entry.error:
-            add("error", entry.error, "fetch or encode the file again; until then training reads another in its place")
-            continue
-        if entry.variable_rate:
-            add(
-                "warning",
-                "variable frame rate: equal strides are not equal times",
-                "re-encode at a constant rate (ffmpeg -fps_mode cfr) if timing matters",
-            )
-        if entry.key_interval > SPARSE_KEYS:
-            add(
-                "warning",
-                f"up to {entry.key_interval} frames between key frames: a late clip decodes all of them",
-                f"re-encode with a key frame every {SPARSE_KEYS} frames or fewer (ffmpeg -g 48)",
-            )
-        if manifest.kind == "clips" and entry.frames < span:
-            add("note", f"{entry.frames} frames, a clip spans {span}", "it loops; a smaller data.stride avoids that")
-        if entry.width % 2 or entry.height % 2:
-            add(
-                "note",
-                f"odd size {entry.width}x{entry.height}",
-                "some decoders refuse it; crop a pixel when re-encoding",
-            )
-    for first, *others in _duplicates(manifest):
-        for other in others:
-            problems.append(Problem("warning", other, f"the same bytes as {first}", "keep one of them"))
-    order = ("error", "warning", "note")
-    return sorted(problems, key=lambda problem: (order.index(problem.severity), problem.path))
-
-
-def _walk(folder: Path, extensions: tuple[str, ...]) -> list[tuple[str, str | None]]:
-    """(relative path, label) of every file with one of the extensions, links to folders followed, each folder once."""
-    found: list[tuple[str, str | None]] = []
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(here).relative_to(folder)
-        label = relative.name or None
-        for name in files:
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                found.append(((relative / name).as_posix(), label))
-    return sorted(found)
-
-
-def _read_list(path: Path) -> list[tuple[str, int | None]]:
-    """(path, label) of every line `path label`, `path,label` or `path`; paths are relative to the list's folder."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is neither a folder, a manifest (.jsonl) nor a list of `path label` lines") from error
-    found: dict[str, int | None] = {}
-    for line in filter(None, map(str.strip, lines)):
-        match = re.fullmatch(r"(.*\S)[\s,]+(-?\d+)", line)
-        name, label = (match[1].rstrip(","), int(match[2])) if match else (line, None)
-        found[name] = label
-    if not found:
-        raise DataError(f"the list {path} is empty")
-    return sorted(found.items())
-
-
-def guess_kind(source: str) -> Kind:
-    """`clips` or `images`: what a folder or list holds more of, by extension. DataError where it holds neither."""
-    path = Path(source)
-    if path.is_dir():
-        every = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
-        names = [name for name, _ in _walk(path, every)]
-    elif path.is_file():
-        names = [name for name, _ in _read_list(path)]
-    else:
-        raise DataError(f"{source} does not exist: give a folder, a manifest (.jsonl) or a list of `path label` lines")
-    kinds: tuple[Kind, ...] = ("clips", "images")
-    counts = {kind: sum(name.lower().endswith(EXTENSIONS[kind]) for name in names) for kind in kinds}
-    if not any(counts.values()):
-        raise DataError(f"no clips or images in {source}: looked for {' '.join(sum(EXTENSIONS.values(), ()))}")
-    return max(kinds, key=lambda kind: counts[kind])
-
-
 def cache_path(source: Path, kind: Kind) -> Path:
-    """Where the manifest of a folder or list is kept."""
+    """Where the manifest of a folder or a file is kept."""
     if source.is_dir():
         folder, name = source, f".bevt_manifest_{kind}.jsonl"
     else:
@@ -354,224 +284,61 @@ def cache_path(source: Path, kind: Kind) -> Path:
     return path
 
 
-def _known(cache: Path, kind: Kind) -> dict[str, Entry]:
-    """Entries of an earlier run, by path: those of the finished manifest, then those of an interrupted one."""
-    known: dict[str, Entry] = {}
-    if cache.exists():
-        try:
-            manifest = Manifest.load(cache)
-        except DataError as error:
-            _log.warning("%s; the files are probed again", error)
+def _identity(entry: Entry) -> str:
+    part = f"{entry.start}\0{entry.end}\0" if entry.start or entry.end else ""
+    return f"{entry.path}\0{entry.bytes}\0{part}"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _kept(cache: Path, kind: Kind) -> Manifest | None:
+    """The manifest of an earlier run, where there is one that can be used."""
+    if not cache.exists():
+        return None
+    try:
+        manifest = Manifest.load(cache)
+    except DataError as error:
+        _log.warning("%s; the files are probed again", error)
+        return None
+    return manifest if manifest.kind == kind else None
+
+
+def _compare(
+    root: Path, kind: Kind, found: list[Found], old: Manifest | None, partial: Path | None
+) -> tuple[list[Entry], list[Entry], dict[str, list[Any]]]:
+    """(entries that need no probing, entries that do, `Manifest.shards`)."""
+    known: dict[tuple[str, int, int], Entry] = {}
+    by_shard: dict[str, list[Entry]] = defaultdict(list)
+    for entry in old.entries if old is not None else ():
+        known[entry.path, entry.start, entry.end] = entry
+        by_shard[entry.shard or entry.path].append(entry)
+    if partial and partial.exists():  # what an interrupted run has probed; its last line may be torn
+        for line in partial.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"}\n"):
+                entry = parse(line)
+                known[entry.path, entry.start, entry.end] = entry
+
+    entries, todo, shards = [], [], {}
+    for item in found:
+        if item.archive and not item.error:
+            shards[item.path] = [item.bytes, item.mtime_ns, item.label]
+            if old is not None and old.shards.get(item.path) == shards[item.path]:
+                entries += by_shard[item.path]
+                continue
+            fresh = members(root, item, kind)
         else:
-            known = {entry.path: entry for entry in manifest.entries} if manifest.kind == kind else {}
-    partial = Path(f"{cache}.partial")
-    if partial.exists():
-        for line in partial.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("}\n"):  # the last one may be torn
-                entry = _parse(line)
-                known[entry.path] = entry
-    return known
-
-
-def _dump(entry: Entry) -> str:
-    """One line of a manifest: what differs from the defaults."""
-    plain = {
-        field.name: value
-        for field in dataclasses.fields(entry)
-        if (value := getattr(entry, field.name)) != field.default
-    }
-    return json.dumps(plain, default=str) + "\n"
-
-
-def _parse(line: str) -> Entry:
-    plain = json.loads(line)
-    if "fps" in plain:
-        plain["fps"] = Fraction(plain["fps"])
-    if "keys" in plain:
-        plain["keys"] = tuple((number, stamp) for number, stamp in plain["keys"])
-    return Entry(**plain)
-
-
-def _duplicates(manifest: Manifest) -> Iterator[list[str]]:
-    """Groups of files with the same bytes."""
-    by_size = defaultdict(list)
-    for entry in manifest.readable():
-        by_size[entry.bytes].append(entry)
-    for group in by_size.values():
-        if len(group) == 1:
-            continue
-        by_hash = defaultdict(list)
-        for entry in group:
-            digest = hashlib.sha256()
-            with open(manifest.locate(entry), "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            by_hash[digest.digest()].append(entry.path)
-        yield from (paths for paths in by_hash.values() if len(paths) > 1)
-
-
-def _probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iterator[Entry]:
-    """Probed entries, in any order."""
-    if workers == 1 or len(entries) < 8:  # starting processes costs more than a few files
-        yield from (_probe(root, kind, entry) for entry in entries)
-        return
-    size = max(1, min(64, len(entries) // (4 * workers)))
-    chunks = [entries[i : i + size] for i in range(0, len(entries), size)]
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context(), initializer=initialize) as pool:
-        try:
-            for future in as_completed([pool.submit(_probe_some, root, kind, chunk) for chunk in chunks]):
-                yield from future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a process that probed files in {root} died: out of memory, or a file that crashes the decoder; "
-                "`bevt data index` continues where this stopped, and with one worker shows the file it stops at"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _probe_some(root: str, kind: Kind, entries: list[Entry]) -> list[Entry]:
-    return [_probe(root, kind, entry) for entry in entries]
-
-
-def _probe(root: str, kind: Kind, entry: Entry) -> Entry:
-    """The entry with what is in the file, or with the error."""
-    from bevt.data.pyav import ReadError
-
-    try:
-        facts = (_probe_clip if kind == "clips" else _probe_image)(os.path.join(root, entry.path))
-    except ReadError as error:
-        return replace(entry, error=error.reason)
-    return replace(entry, **facts)
-
-
-def _probe_image(path: str) -> dict[str, Any]:
-    from bevt.data.pyav import open_image, upright
-
-    with open_image(path) as image:
-        facts = {"format": image.format or "", "pixel_format": image.mode}
-        width, height = upright(path, image).size  # decodes everything: a cut-off file has a healthy header
-    return facts | {"width": width, "height": height, "frames": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class _Packet:
-    """What the container says of one packet."""
-
-    stamp: int | None
-    """Presentation time, in ticks of the stream."""
-    end: float
-    """Presentation time plus duration, in seconds; 0 where unknown."""
-    key: bool
-    hidden: bool
-    """Decoded but not shown (an MP4 edit list starts behind it)."""
-    whole: bool
-    """All its bytes are in the file."""
-
-
-def _packets(path: str, container: Any, *streams: Any) -> list[_Packet]:
-    """The packets of the streams, in file order. Raises ReadError."""
-    from bevt.data.pyav import ReadError, library
-
-    packets = []
-    try:
-        for packet in container.demux(*streams):
-            if packet.size:
-                end = (packet.pts + (packet.duration or 0)) * packet.time_base if packet.pts is not None else 0
-                packets.append(
-                    _Packet(packet.pts, float(end), packet.is_keyframe, packet.is_discard, not packet.is_corrupt)
-                )
-    except library().error.FFmpegError as error:
-        raise ReadError(path, f"cut off or damaged: packet {len(packets)} cannot be read ({error.strerror})") from error
-    return packets
-
-
-def _reject_truncated(path: str, container: Any, stream: Any, packets: list[_Packet]) -> None:
-    """Raise ReadError where the file ends before what its header declares."""
-    from bevt.data.pyav import ReadError, open_video
-
-    if any(not packet.whole for packet in packets):
-        raise ReadError(path, "cut off: a packet is incomplete")
-    is_mp4, declared, count = container.format.name.startswith("mov,"), stream.frames, len(packets)
-    if is_mp4 and count < declared:  # the sample table is exact, but an edit list may hide samples
-        whole, video = open_video(path, ignore_editlist="1")
-        with whole:
-            count = len(_packets(path, whole, video))
-    # The counts in AVI and FLV headers are a few frames off in healthy files (UCF-101).
-    if count < (declared if is_mp4 else 0.95 * declared):
-        raise ReadError(path, f"cut off: {count} of the {declared} frames that its header declares")
-    seconds = (container.duration or 0) / 1e6
-    if not declared and max(packet.end for packet in packets) < 0.95 * seconds - 0.5:
-        every, _ = open_video(path)  # the sound may be longer than the pictures
-        with every:
-            end = max(packet.end for packet in _packets(path, every)) - (every.start_time or 0) / 1e6
-        if end < 0.95 * seconds - 0.5:
-            raise ReadError(path, f"cut off: it ends at {end:.1f} of the {seconds:.1f} seconds its header declares")
-
-
-def _probe_clip(path: str) -> dict[str, Any]:
-    """Count packets, then make sure of the ends: decode the first frame, and from the last key frame to the last.
-
-    Where one packet need not be one frame, or the end does not come out as the packets promise, the whole file is
-    decoded and counted, and no key frame is trusted.
-    """
-    from bevt.data.pyav import ReadError, open_video, turns
-
-    container, stream = open_video(path)
-    with container:
-        packets = _packets(path, container, stream)
-        if not packets:
-            raise ReadError(path, "no frame can be found in it: empty or cut off")
-        _reject_truncated(path, container, stream, packets)
-        codec, container_name, tick = stream.codec_context.name, container.format.name, float(stream.time_base)
-        pixel_format, fps = stream.codec_context.pix_fmt or "", stream.average_rate
-    shown = [packet for packet in packets if not packet.hidden]
-    stamps = sorted(packet.stamp for packet in shown if packet.stamp is not None)
-    keys: list[tuple[int, int]] = []
-    if codec in _EXACT_PACKETS and container_name.startswith(("mov,", "matroska,")) and len(set(stamps)) == len(shown):
-        place = {stamp: number for number, stamp in enumerate(stamps)}
-        keys = sorted(
-            (place[packet.stamp], packet.stamp) for packet in shown if packet.key and packet.stamp is not None
-        )
-
-    frames, first = _decode(path, None, 1)
-    if first is None:
-        raise ReadError(path, "none of its frames can be decoded")
-    height, width = (first.height, first.width) if turns(first) % 2 == 0 else (first.width, first.height)
-    frames = _decode(path, keys[-1])[0] if keys and keys[0][0] == 0 else 0
-    if frames != len(shown):
-        frames, keys = _decode(path, None)[0], []
-
-    gaps = [b - a for a, b in pairwise(stamps)]
-    usual = statistics.median(gaps) if gaps else 0
-    marks = [number for number, _ in keys] or [number for number, packet in enumerate(shown) if packet.key]
-    spaced: list[tuple[int, int]] = []
-    for key in keys:
-        if not spaced or key[0] - spaced[-1][0] >= _KEY_SPACING:
-            spaced.append(key)
-    return {
-        "width": width,
-        "height": height,
-        "format": codec,
-        "pixel_format": pixel_format,
-        "frames": frames,
-        "fps": Fraction(fps) if fps else None,
-        "variable_rate": any(abs(gap - usual) > max(1.5, 0.1 * usual) for gap in gaps),
-        "key_interval": max((b - a for a, b in zip(marks, [*marks[1:], frames])), default=0),
-        "seconds": round((stamps[-1] - stamps[0] + usual) * tick, 3) if stamps else 0.0,
-        "keys": tuple(spaced),
-    }
-
-
-def _decode(path: str, seek: tuple[int, int] | None, most: float = math.inf) -> tuple[int, Any]:
-    """(number after the last frame decoded from `seek` on, that frame); at most `most` frames. Raises ReadError."""
-    from bevt.data.pyav import frames_from, open_video
-
-    end, frame = 0, None
-    container, stream = open_video(path)
-    with container, contextlib.closing(frames_from(path, container, stream, seek)) as frames:
-        for number, frame in frames:  # noqa: B007
-            end = number + 1
-            if end >= most:
-                break
-    return end, frame
+            fresh = [item.entry()]
+        for new in fresh:
+            before = known.get((new.path, new.start, new.end))
+            if new.error:
+                entries.append(new)
+            elif before and (before.bytes, before.mtime_ns, before.offset) == (new.bytes, new.mtime_ns, new.offset):
+                entries.append(before if before.label == new.label else replace(before, label=new.label))
+            else:
+                todo.append(new)
+    return entries, todo, shards

@@ -27,7 +27,7 @@ def context() -> BaseContext:
     from multiprocessing import forkserver, resource_tracker
 
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["bevt.data.build", "av", "PIL.Image"])
+    ctx.set_forkserver_preload(["bevt.data.decoding", "av", "PIL.Image"])
     resource_tracker.ensure_running()  # the fork server starts it too, and that unblocks SIGTERM
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

@@ -6,13 +6,16 @@ same samples on every machine and version.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Literal
 
 import numpy as np
 
 from bevt.config import DataConfig
+from bevt.data import DataError
+from bevt.data.files import File
 from bevt.data.manifest import Entry, Manifest
 
 Stream = Literal["clips", "images"]
@@ -21,7 +24,18 @@ STREAMS: tuple[Stream, ...] = ("clips", "images")
 NO_JITTER = (1.0, 1.0, 1.0, 0.0, 1.0, 2.0)
 """Factors 1; brightness, contrast, saturation in that order."""
 
+NEVER_REPLACED = "held-out data is never replaced: repair the file or remove it"
+
 _ORDERS = tuple(permutations((0.0, 1.0, 2.0)))
+
+_NUMBERS = 11
+"""Random numbers of a sample, before those of its segments."""
+
+_VIEWS = 2**64 + 1
+"""In place of the seed where a file's fixed views are drawn: larger than any seed, so the same in every run."""
+
+_WORTH_SEEKING = 12
+"""Frames that a jump to a key frame in the middle of a clip has to save; about what a jump costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +45,11 @@ class Request:
     stream: Stream
     position: int
     """Global position in the stream: epoch * files + place in the epoch."""
-    path: str
+    file: File
     frames: tuple[int, ...]
     """Frame numbers in the file; (0,) for an image."""
     resize: tuple[int, int]
-    """(height, width) to which the whole upright frame is resized, bicubic."""
+    """(height, width) to which the whole upright frame is resized, bicubic with antialiasing."""
     crop: tuple[int, int]
     """(top, left) of the crop in the resized frame."""
     size: int
@@ -46,8 +60,19 @@ class Request:
     """Six numbers, as in `Batch.image_jitter`."""
     mask_seed: int
     """For `bevt.masking.generate`, in 0 .. 2**63 - 1."""
-    seek: tuple[int, int] | None = None
-    """Frame number and timestamp of a key frame from which decoding may start; None: from the beginning."""
+    slot: int = -1
+    """File number * `data.views` + view; -1 where views are not fixed."""
+    seeks: tuple[tuple[int, int], ...] = ()
+    """(frame number, timestamp) of key frames, rising, to which a decoder on its way to the next frame may jump."""
+    timing: tuple[int, float] | None = None
+    """`Entry.timing`."""
+    turns: int = 0
+    """`Entry.turns`."""
+
+    @property
+    def path(self) -> str:
+        """The file's name."""
+        return self.file.name
 
     @property
     def id(self) -> str:
@@ -59,19 +84,28 @@ class Sampler:
     """Requests for one stream of one run; `len` is the number of files, the length of an epoch.
 
     Training: every epoch visits every file once, in an order of its own. The place of a file that the manifest knows to
-    be unreadable is served by the next readable one of that order, so that such a file changes no other sample. A clip
-    starts anywhere it fits; one that is too short starts at frame 0 and loops (frame numbers modulo the length, as in
-    the official code). The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the
-    flip uniformly; images also draw three jitter factors and their order. With `train=False`: files in their own order,
-    the middle of the video, the smaller of `data.short_side`, the centre crop, no flip and no jitter.
+    be unreadable is served by the next readable one of that order, so that such a file changes no other sample. Frames:
 
-    Position p of epoch e uses ten numbers, in this order: start, short side, top, left, flip, brightness, contrast,
-    saturation, order, mask seed.
+    - `dense`: `data.frames` frames, `data.stride` apart; the clip starts anywhere it fits. A file that is too short is
+      read from its first frame and loops (frame numbers modulo the length, as in the official code).
+    - `segments`: one frame from each of `data.frames` equal parts, drawn uniformly (Something-Something; TSN, arXiv
+      1608.00859, section 3.1); a file with fewer frames repeats them.
+
+    The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the flip uniformly;
+    images also draw three jitter factors and their order. With `train=False`: files in their own order, the middle of
+    the video (of each part), the smaller of `data.short_side`, the centre crop, no flip and no jitter.
+
+    Where `data.views` is V > 0, a file is cut in V ways only, which depend on its number in the manifest alone; which
+    of them a position takes, and its mask, are drawn as everything else.
+
+    Position p of epoch e uses eleven numbers, in this order: start, short side, top, left, flip, brightness, contrast,
+    saturation, order, mask seed, view; then, for `segments`, one a frame.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, stream: Stream, seed: int, *, train: bool = True) -> None:
         self.manifest, self.data, self.stream, self.seed, self.train = manifest, data, stream, seed, train
-        self._readable = np.array([entry.error is None for entry in manifest.entries])
+        self._readable = np.ones(len(manifest.entries), bool)
+        self._readable[manifest.unreadable] = False
         self.readable = int(self._readable.sum())
         """Files that can be served."""
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -88,40 +122,105 @@ class Sampler:
         data = self.data
         epoch, place = divmod(position, len(self))
         files, places = self._order(epoch)
-        entry = self.manifest.entries[files[(np.searchsorted(places, place) + substitute) % self.readable]]
-        raw = self._raw(10, epoch, position + 1)
-        u = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
+        number = int(files[(np.searchsorted(places, place) + substitute) % self.readable])
+        drawn = self._raw(_NUMBERS + data.frames, self.seed, epoch, position + 1)
+        mask_seed, slot = int(drawn[9] >> np.uint64(1)), -1
+        if data.views and self.train:
+            view = int(drawn[10] % np.uint64(data.views))
+            slot = number * data.views + view
+            drawn = self._raw(_NUMBERS + data.frames, _VIEWS, number, view)
+        u = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
+        shortest, longest = data.short_side
 
         def below(count: int, i: int) -> int:
             """A number in 0 .. count - 1; the middle one at evaluation."""
             return int(u[i] * count) if self.train else (count - 1) // 2
 
-        frames, seek = (0,), None
-        if self.stream == "clips":
-            slack = entry.frames - ((data.frames - 1) * data.stride + 1)
-            start = below(slack + 1, 0) if slack > 0 else 0
-            frames = tuple((start + i * data.stride) % entry.frames for i in range(data.frames))
-            seek = max((key for key in entry.keys if 0 < key[0] <= min(frames)), default=None)
-        shortest, longest = data.short_side
+        entry = self.manifest.entries[number]
+        frames = self._frames(entry, u if self.train else None, 0.5) if self.stream == "clips" else (0,)
         short = shortest + (below(longest - shortest + 1, 1) if self.train else 0)
         height, width = _resized(entry, short)
         jitter = NO_JITTER
         if self.train and self.stream == "images" and data.jitter:
             factors = 1 + data.jitter * (2 * u[5:8] - 1)
             jitter = (*factors.tolist(), *_ORDERS[below(6, 8)])
-        return Request(
-            stream=self.stream,
+        return self._request(
+            entry,
             position=position,
-            path=self.manifest.locate(entry),
             frames=frames,
             resize=(height, width),
             crop=(below(height - data.crop + 1, 2), below(width - data.crop + 1, 3)),
-            size=data.crop,
             flip=self.train and bool(u[4] < data.flip),
             jitter=jitter,
-            mask_seed=int(raw[9] >> np.uint64(1)),
-            seek=seek,
+            mask_seed=mask_seed,
+            slot=slot,
         )
+
+    def grid(self, number: int, clips: int, crops: int) -> list[Request]:
+        """The test views of file `number`, clip by clip, each with its crops: what a video-level score is a mean over.
+
+        Clip k of n lies at (2 k + 1) / (2 n) of where it fits (`segments`: of every part); crop j of m > 1 lies at
+        j / (m - 1) of the longer side, the only one in its middle, all in the middle of the shorter one: K400's 4 x 3
+        and Something-Something's 1 x 3 (Video Swin, arXiv 2106.13230, section 4.1). The short side is the smaller of
+        `data.short_side`; no flip. Raises DataError where the manifest has an error for the file.
+        """
+        entry = self.manifest.entries[number]
+        if entry.error:
+            raise DataError(f"{self.manifest.locate(entry)}: {entry.error}; {NEVER_REPLACED}")
+        height, width = _resized(entry, self.data.short_side[0])
+        out = []
+        for clip in range(clips):
+            frames = self._frames(entry, None, (2 * clip + 1) / (2 * clips))
+            for crop in range(crops):
+                share = crop / (crops - 1) if crops > 1 else 0.5
+                down, right = (0.5, share) if width > height else (share, 0.5)
+                at = int((height - self.data.crop) * down), int((width - self.data.crop) * right)
+                out.append(self._request(entry, position=number, frames=frames, resize=(height, width), crop=at))
+        return out
+
+    def _request(
+        self,
+        entry: Entry,
+        *,
+        position: int,
+        frames: tuple[int, ...],
+        resize: tuple[int, int],
+        crop: tuple[int, int],
+        flip: bool = False,
+        jitter: tuple[float, ...] = NO_JITTER,
+        mask_seed: int = 0,
+        slot: int = -1,
+    ) -> Request:
+        """The request, with what the manifest knows of the file."""
+        return Request(
+            stream=self.stream,
+            position=position,
+            file=self.manifest.file(entry),
+            frames=frames,
+            resize=resize,
+            crop=crop,
+            size=self.data.crop,
+            flip=flip,
+            jitter=jitter,
+            mask_seed=mask_seed,
+            slot=slot,
+            seeks=_seeks(entry, frames),
+            timing=entry.timing,
+            turns=entry.turns,
+        )
+
+    def _frames(self, entry: Entry, u: np.ndarray | None, share: float) -> tuple[int, ...]:
+        """Frame numbers of a clip: drawn with the numbers `u`, or without them at `share` (0 .. 1) of the way."""
+        count, stride = self.data.frames, self.data.stride
+        first, length = entry.start, (entry.end or entry.frames) - entry.start
+        if self.data.sampling == "segments":
+            parts = list(pairwise(i * length // count for i in range(count + 1)))
+            if u is None:
+                return tuple(first + a + int(max(b - a - 1, 0) * share) for a, b in parts)
+            return tuple(first + a + int(max(b - a, 1) * x) for (a, b), x in zip(parts, u[_NUMBERS:], strict=True))
+        slack = max(0, length - ((count - 1) * stride + 1))
+        begin = int(slack * share) if u is None else int((slack + 1) * u[0])
+        return tuple(first + (begin + i * stride) % length for i in range(count))
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The readable files in the epoch's order and their places in it (rising), both (readable,) int64.
@@ -134,14 +233,17 @@ class Sampler:
             if len(self._orders) == 2:
                 del self._orders[min(self._orders)]
             n = len(self)
-            order = np.argsort(self._raw(n, epoch, 0), kind="stable") if self.train else np.arange(n)
+            order = np.argsort(self._raw(n, self.seed, epoch, 0), kind="stable") if self.train else np.arange(n)
             places = np.flatnonzero(self._readable[order])
             self._orders[epoch] = order[places], places
         return self._orders[epoch]
 
-    def _raw(self, count: int, epoch: int, key: int) -> np.ndarray:
-        """(count,) uint64; `key` is 0 for the epoch's order, position + 1 for a sample."""
-        words = (self.seed, STREAMS.index(self.stream), epoch, key)
+    def _raw(self, count: int, seed: int, epoch: int, key: int) -> np.ndarray:
+        """(count,) uint64; `key` is 0 for the epoch's order, position + 1 for a sample.
+
+        For the fixed views of a file, `seed` is _VIEWS, and its number and the view take the two other places.
+        """
+        words = (seed, STREAMS.index(self.stream), epoch, key)
         return np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
 
 
@@ -149,3 +251,16 @@ def _resized(entry: Entry, short: int) -> tuple[int, int]:
     """(height, width) with the short side at `short` and the aspect kept to the nearest pixel."""
     shortest = min(entry.height, entry.width)
     return tuple(max(short, round(side * short / shortest)) for side in (entry.height, entry.width))  # type: ignore[return-value]
+
+
+def _seeks(entry: Entry, frames: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The key frames worth jumping to on the way through `frames`: before the first, and into long gaps."""
+    found: list[tuple[int, int]] = []
+    numbers = [number for number, _ in entry.keys]
+    before = None
+    for frame in sorted(set(frames)):
+        at = bisect_right(numbers, frame) - 1
+        if at >= 0 and (numbers[at] > 0 if before is None else numbers[at] - before >= _WORTH_SEEKING):
+            found.append(entry.keys[at])
+        before = frame
+    return tuple(found)

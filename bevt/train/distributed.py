@@ -64,6 +64,14 @@ class World:
         dist.all_reduce(total)
         return bool(total.item())
 
+    def broadcast(self, text: str) -> str:
+        """The first process's `text`, on every process."""
+        if self.size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, group=self.waiting)
+        return box[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

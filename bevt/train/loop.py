@@ -13,9 +13,9 @@ import platform
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bevt_kernels import NoImplementation
@@ -25,10 +25,11 @@ from bevt import tokenizers
 from bevt.config import Config, ConfigError, check, from_dict, to_dict
 from bevt.data import DataError
 from bevt.data.batch import BadFile, Loader
-from bevt.data.build import build_loader, check_held_out
+from bevt.data.build import StepLoader, build_loader, check_held_out
 from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
+from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import Display, Meter, MetricsWriter, RunError, counting
@@ -36,9 +37,9 @@ from bevt.train.optim import build_optimizer, learning_rate, total_steps
 from bevt.train.step import TrainStep
 
 FREE_ON_RESUME = {
-    "data.workers", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep", "train.threads",
-    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "data.clips", "data.images",
-    "data.val_clips", "data.val_images", "tokenizer.path", "init",
+    "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
+    "train.keep", "train.threads", "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
+    "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
 
@@ -90,8 +91,16 @@ def _train(
         )
     _probe_sources(config, world, quiet)
     bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
-    loader = build_loader(config, rank=world.rank, world_size=world.size)
+    loader = _build_loader(config, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
     stack.callback(loader.close)
+    cache = None
+    if config.tokenizer.cache:
+        views: dict[str, tuple[str, int]] = {  # the decoder is in the fingerprint; here it can be read
+            stream: (f"{loader.fingerprint(stream)} by {loader.backend}", slots)
+            for stream, slots in loader.slots.items()
+        }
+        cache = TokenCache.open(config, tokenizer, digest, world.device, views)
+        stack.callback(cache.close)
     steps = total_steps(config.optim, loader.steps_per_epoch)
     display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
     stack.callback(display.close)
@@ -100,7 +109,7 @@ def _train(
     optimizer = build_optimizer(model, config.optim)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     meter = Meter(config, world, names, out)
-    implementations = {**model.implementations, **tokenizer.implementations}
+    implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
     if saved:
         weights.load(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -115,15 +124,19 @@ def _train(
     elif config.init:
         display.note(f"{config.init}: {initialise(model, config, digest)}")
     display.note(_describe(config, model, implementations, loader, world, steps))
+    if config.data.backend == "auto":
+        display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if not saved:
         _note_bad_files(loader.unreadable, bad_files)
-    train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world)
+    train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world, cache)
     writer = MetricsWriter(out, start) if world.main else None
     if writer:
         stack.callback(writer.close)
 
     def save(step: int) -> Path:
         meter.check_finite()
+        if cache is not None:
+            cache.flush()
         path = out / "checkpoints" / f"step_{step:08d}.pt"
         unwritten = meter.state_dict()
         if world.main:
@@ -181,6 +194,16 @@ def _train(
         evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
     assert last is not None
     return RunResult(step, steps, last, evaluation)
+
+
+def _build_loader(config: Config, world: World, prefer: str) -> StepLoader:
+    """The data of this process, decoded by what the first one settles on; `prefer`: what the run began with."""
+    loader = build_loader(config, prefer=prefer, world_size=world.size) if world.main else None
+    name = world.broadcast(loader.backend if loader else "")
+    if loader:
+        return loader
+    settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
+    return build_loader(settled, rank=world.rank, world_size=world.size)
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
@@ -245,7 +268,7 @@ def _probe_sources(config: Config, world: World, quiet: bool) -> None:
         held_out = getattr(config.data, f"val_{kind}")
         if held_out and getattr(config.train, f"eval_{kind}"):
             with counting(f"probing held-out {kind}", enabled=not quiet) as progress:
-                check_held_out(probe_source(held_out, kind, progress=progress))
+                check_held_out(probe_source(held_out, kind, progress=progress), config.data.backend)
     world.barrier()
 
 

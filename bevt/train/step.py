@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,21 +17,25 @@ from bevt.data.batch import Batch
 from bevt.models.bevt import MaskedInput
 from bevt.models.video_swin import PATCH
 from bevt.tokenizers import Tokenizer
+from bevt.tokenizers.cache import TokenCache
 from bevt.train.distributed import World
 
 NO_TOKEN = -1
 """In place of a code where a frame was not tokenised; as a class or an index it is an error."""
 
 
-def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config, device: torch.device) -> dict[str, MaskedInput]:
+def masked_inputs(
+    batch: Batch, tokenizer: Tokenizer, config: Config, device: torch.device, cache: TokenCache | None = None
+) -> dict[str, MaskedInput]:
     """A micro-batch of the loader as the model takes it, on `device`, under `clips` and `images`.
 
     The tokenizer reads the same augmented crop as the encoder, resized to half its side (224 -> 112: 14x14 codes), and
-    only of frames and images that hold a masked position; the codes of the others are `NO_TOKEN`. Which ones is decided
-    on the host. Raises ValueError where the masks are not on the CPU: looking at them would wait for the device.
+    only of frames and images that hold a masked position and are not in `cache`; the codes of frames without one are
+    `NO_TOKEN`. Which ones is decided on the host. Raises ValueError where the masks are not on the CPU: looking at them
+    would wait for the device.
     """
     masks = {"clips": batch.clip_masks, "images": batch.image_masks}
-    chosen = {stream: _masked_frames(mask, device) for stream, mask in masks.items() if mask is not None}
+    needed = {stream: _masked_frames(mask) for stream, mask in masks.items() if mask is not None}
     batch = batch.to(device)
     frames, inputs = {}, {}
     if batch.clips is not None:
@@ -39,12 +44,22 @@ def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config, device: to
         frames["images"] = batch.images
         if batch.image_jitter is not None and config.data.jitter > 0:
             frames["images"] = augment.color_jitter(batch.images, batch.image_jitter)
-    codes = _codes(frames, chosen, tokenizer, config.data.crop // 2)
+    held = {}
+    if cache is not None:
+        views = {"clips": batch.clip_slots, "images": batch.image_slots}
+        held = {stream: cache.find(stream, views[stream], numbers) for stream, numbers in needed.items()}
+    fresh = {stream: numbers[~held[stream].known] if held else numbers for stream, numbers in needed.items()}
+    codes, new = _codes(frames, fresh, tokenizer, config.data.crop // 2)
+    if cache is not None:
+        cache.add({stream: found.records[~found.known] for stream, found in held.items()}, new)
+        for stream, found in held.items():
+            codes[stream].index_copy_(0, _sent(needed[stream][found.known], device), _sent(found.codes, device))
     if batch.clips is not None and batch.clip_masks is not None:
         clips, mask = batch.clips, batch.clip_masks
         slots = PATCH[0] * slots_for(config.clip_mask, mask, device)
-        found = codes["clips"].unflatten(0, clips.shape[:2])
-        inputs["clips"] = MaskedInput(augment.to_encoder_clips(clips), mask, found, slots)
+        inputs["clips"] = MaskedInput(
+            augment.to_encoder_clips(clips), mask, codes["clips"].unflatten(0, clips.shape[:2]), slots
+        )
     if batch.images is not None and batch.image_masks is not None:
         mask = batch.image_masks
         slots = slots_for(config.image_mask, mask.unsqueeze(1), device)
@@ -52,15 +67,19 @@ def masked_inputs(batch: Batch, tokenizer: Tokenizer, config: Config, device: to
     return inputs
 
 
-def _codes(frames: dict[str, Tensor], chosen: dict[str, Tensor], tokenizer: Tokenizer, view: int) -> dict[str, Tensor]:
-    """Codes (N, h, w) of each stream's frames (N, H, W, 3), tokenised together, only where chosen."""
-    views = torch.cat([frames[stream].index_select(0, index) for stream, index in chosen.items()])
-    found = tokenizer.encode(augment.tokenizer_view(views, view))
-    parts = found.split([len(index) for index in chosen.values()])
-    return {
-        stream: found.new_full((len(frames[stream]), *found.shape[1:]), NO_TOKEN).index_copy_(0, index, part)
-        for (stream, index), part in zip(chosen.items(), parts)
+def _codes(
+    frames: dict[str, Tensor], chosen: dict[str, np.ndarray], tokenizer: Tokenizer, view: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Codes (N, h, w) of each stream's frames (N, H, W, 3), tokenised together, only where chosen; and those alone."""
+    index = {stream: _sent(numbers, frames[stream].device) for stream, numbers in chosen.items()}
+    views = torch.cat([frames[stream].index_select(0, numbers) for stream, numbers in index.items()])
+    new = tokenizer.encode(augment.tokenizer_view(views, view))
+    parts = new.split([len(numbers) for numbers in index.values()])
+    codes = {
+        stream: new.new_full((len(frames[stream]), *new.shape[1:]), NO_TOKEN).index_copy_(0, numbers, part)
+        for (stream, numbers), part in zip(index.items(), parts)
     }
+    return codes, new
 
 
 def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
@@ -74,8 +93,8 @@ def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
     return len(mask) * masking.capacity(config, (depth, height, width))
 
 
-def _masked_frames(mask: Tensor, device: torch.device) -> Tensor:
-    """Numbers of the frames (of images, for (M, h, w)) that hold a masked position, on `device`."""
+def _masked_frames(mask: Tensor) -> np.ndarray:
+    """Numbers of the frames (of images, for (M, h, w)) that hold a masked position."""
     if mask.device.type != "cpu":
         raise ValueError(
             f"masks must be on the CPU until the step moves them (bevt/data/batch.py), these are on {mask.device}"
@@ -83,8 +102,13 @@ def _masked_frames(mask: Tensor, device: torch.device) -> Tensor:
     used = mask.numpy().any((-2, -1))  # NumPy: what reads values here must not be what waits on a GPU
     if mask.ndim == 4:  # a step of a clip's mask is PATCH[0] frames
         used = used.repeat(PATCH[0], 1).reshape(-1)
-    index = torch.from_numpy(used.nonzero()[0])
-    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
+    return used.nonzero()[0]
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """On its way to `device`, which nobody waits for."""
+    host = torch.from_numpy(values)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -103,7 +127,8 @@ class StepResult:
     """What a step leaves on the device; read it when it is logged."""
 
     values: dict[str, Tensor]
-    """Scalars: loss, loss_* and accuracy_* of each stream, grad_norm (before clipping)."""
+    """Scalars: loss, loss_* and accuracy_* of each stream, grad_norm (before clipping); with a token cache
+    tokens_cached, the share of the frames with a masked position that it had."""
     finite: Tensor
     """Bool scalar: loss and all gradients were finite, on every process. Where it is False, the update was skipped."""
     worst: Tensor
@@ -114,10 +139,16 @@ class TrainStep:
     """Forward, backward and update over the micro-batches of one step."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, config: Config, world: World
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        world: World,
+        cache: TokenCache | None = None,
     ) -> None:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.config, self.world = config, world
+        self.config, self.world, self.cache = config, world, cache
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, step: int, lr: float, batches: Sequence[Batch]) -> StepResult:
@@ -126,7 +157,7 @@ class TrainStep:
         seed_step(config.train.seed, step, self.world.rank)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            inputs = masked_inputs(batch, self.tokenizer, config, device)
+            inputs = masked_inputs(batch, self.tokenizer, config, device, self.cache)
             with self.world.without_sync(self.model, skip=i < len(batches) - 1):
                 with autocast(config, device):
                     out = self.model(**inputs)
@@ -138,6 +169,8 @@ class TrainStep:
                 (loss / len(batches)).backward()
             for name, value in (("loss", loss), *out.items()):
                 sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+        if self.cache is not None:
+            sums["tokens_cached"] = torch.full((), self.cache.share(), device=device)  # a kernel: no copy to wait for
         return self._update(lr, sums)
 
     def _update(self, lr: float, sums: dict[str, Tensor]) -> StepResult:

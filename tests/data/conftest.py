@@ -23,6 +23,7 @@ def config(dataset: shapes.ShapesPaths) -> Config:
             stride=2,
             short_side=(64, 80),
             crop=64,
+            backend="pyav",
             workers=0,
         ),
         train=TrainConfig(clips=4, images=8, micro_clips=2, micro_images=4, eval_clips=3, eval_images=5),

@@ -5,54 +5,31 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loading import assert_same, take, with_data, with_train
 
 from bevt.config import Config, ConfigError
 from bevt.data import DataError, shapes
 from bevt.data.batch import BadFile, Batch
-from bevt.data.build import READERS, build_loader, eval_batches, frame_batches
+from bevt.data.build import build_loader, eval_batches, frame_batches
+from bevt.data.decoding import READERS, Masks, Plan, Processes
 from bevt.data.manifest import index
-from bevt.data.sampling import Request, Sampler
+from bevt.data.sampling import Request, Sampler, Stream
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install av")
-
-
-def with_data(config: Config, **changes: Any) -> Config:
-    """`config` with other keys of its data group."""
-    return replace(config, data=replace(config.data, **changes))
-
-
-def with_train(config: Config, **changes: Any) -> Config:
-    """`config` with other keys of its train group."""
-    return replace(config, train=replace(config.train, **changes))
-
-
-def take(config: Config, count: int, **options: Any) -> list[Batch]:
-    """The first micro-batches."""
-    loader = build_loader(config, **options)
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        loader.close()
-
-
-def assert_same(first: Batch, second: Batch) -> None:
-    """Every field, bit for bit."""
-    for field in fields(Batch):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
 
 
 def rows(batches: list[Batch]) -> dict[str, Any]:
@@ -147,7 +124,7 @@ def test_batches_that_do_not_divide(config: Config) -> None:
 
 def test_unknown_backend(config: Config) -> None:
     """Names what exists."""
-    with pytest.raises(ConfigError, match="'nvdec' does not exist; known: 'auto', 'pyav'"):
+    with pytest.raises(ConfigError, match="'nvdec' does not exist; known: 'auto', 'dali', 'pyav', 'torchcodec'"):
         build_loader(with_data(config, backend="nvdec"))
 
 
@@ -247,9 +224,10 @@ def test_held_out_data(config: Config) -> None:
 
 def test_held_out_data_is_never_replaced(damaged: Config, tmp_path: Path) -> None:
     """Neither a file that turns out unreadable nor one that the index already knows to be."""
-    with pytest.raises(DataError, match=r"0002\.jpg: not an image .* never replaced"):
-        list(eval_batches(damaged))
-    with pytest.raises(DataError, match=r"0002\.jpg: not an image .* never replaced"):
+    listed = r"(?s)2 of 10 files cannot be read; .* never replaced.*0002\.jpg: not an image.*0005\.jpg: not an image"
+    with pytest.raises(DataError, match=listed):
+        list(eval_batches(with_train(damaged, eval_clips=0, eval_images=10)))
+    with pytest.raises(DataError, match=listed):
         eval_batches(with_data(damaged, val_images=str(tmp_path / "images")))
 
 
@@ -269,21 +247,66 @@ def test_frames_for_the_tokenizer(config: Config, clips: bool, images: bool) -> 
     assert len(np.unique(first[0].flatten(1).numpy(), axis=0)) == 7
 
 
-def test_a_killed_worker_is_an_error(config: Config) -> None:
-    """Within seconds, and it says what happened."""
-    loader = build_loader(with_data(config, workers=1, prefetch=1))
+def kill_a_worker() -> int:
+    """Its process id."""
+    pid = multiprocessing.active_children()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def test_a_killed_worker_is_named_and_replaced(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """Twice; not one sample is lost, doubled or changed."""
+    loader = build_loader(with_data(config, workers=2, prefetch=1))
+    killed = []
+    try:
+        for number, (batch, expected) in enumerate(zip(loader, take(config, 12), strict=False)):
+            assert_same(batch, expected)
+            if number in (2, 7):
+                killed.append(kill_a_worker())
+    finally:
+        loader.close()
+    for pid in killed:
+        assert f"the decoding process {pid} died (SIGKILL): killed from outside, out of memory" in caplog.text
+    assert re.search(r"It was the turn of \S+\.\w+, .* more; \d micro-batches that were begun are decoded", caplog.text)
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_can_end_the_run(config: Config) -> None:
+    """With `worker_death="stop"`: an error within seconds, which says what happened."""
+    loader = build_loader(with_data(config, workers=1, prefetch=1, worker_death="stop"))
     batches = iter(loader)
     try:
         next(batches)
-        (worker,) = multiprocessing.active_children()
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
+        pid = kill_a_worker()
         start = time.monotonic()
-        with pytest.raises(DataError, match=r"a decoding process died .*out of memory"):
+        with pytest.raises(DataError, match=rf"the decoding process {pid} died \(SIGKILL\): .*out of memory"):
             list(itertools.islice(batches, 10))
         assert time.monotonic() - start < 30
     finally:
         loader.close()
+    assert not multiprocessing.active_children()
+
+
+class DeadlyMasks(Masks):
+    """In a worker, what a decoder's crash looks like: the process ends at one of the files."""
+
+    def __call__(self, stream: Stream, requests: list[Request]) -> torch.Tensor | None:
+        """The masks, but for 0003.jpg."""
+        if any(request.path.endswith("0003.jpg") for request in requests):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(stream, requests)
+
+
+def test_a_file_that_kills_every_worker_ends_the_run(config: Config, dataset: shapes.ShapesPaths) -> None:
+    """The first death is answered by a new process; the second at the same micro-batch is an error that names it."""
+    sampler = Sampler(index(dataset.train_images, "images"), config.data, "images", 0, train=False)
+    plans = [Plan([], [sampler.request(number)]) for number in range(6)]
+    served = []
+    backend = Processes("pyav", replace(config.data, workers=1))
+    with pytest.raises(DataError, match=r"died \(SIGSEGV\).*turn of \S+0003\.jpg, at which another had died"):
+        served.extend(plan for plan, _ in backend.decode(plans, DeadlyMasks(config, ["images"])))
+    assert served == plans[:3]
     assert not multiprocessing.active_children()
 
 
@@ -315,7 +338,7 @@ def test_an_error_for_the_user_stays_one(
 ) -> None:
     """Wherever it was decoded."""
 
-    def read(request: Request) -> np.ndarray:
+    def read(requests: Sequence[Request], into: Sequence[torch.Tensor]) -> None:
         raise error
 
     monkeypatch.setitem(READERS, "pyav", read)
@@ -342,7 +365,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: print("told", file=sys.stderr))
     loader = build_loader(Config(
         image_mask=MaskConfig(kind="block", min_block=4),
-        data=DataConfig(images=sys.argv[1], crop=64, short_side=(64, 64), workers=1),
+        data=DataConfig(images=sys.argv[1], crop=64, short_side=(64, 64), workers=1, backend="pyav"),
         train=TrainConfig(clips=0, images=2, micro_images=2),
     ))
     batches = iter(loader)

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bevt.config import DataConfig
+from bevt.data import DataError
+from bevt.data.files import File
 from bevt.data.manifest import Entry, Manifest
-from bevt.data.sampling import NO_JITTER, Sampler
+from bevt.data.sampling import NO_JITTER, Sampler, Stream
 
 CLIPS = Manifest(
     "clips",
@@ -51,7 +53,7 @@ def test_request_lies_inside_its_file(position: int) -> None:
     assert width == round(340 * height / 256)
     assert 0 <= request.crop[0] <= height - 224
     assert 0 <= request.crop[1] <= width - 224
-    assert request.seek is None or request.seek[0] <= min(request.frames)
+    assert all(number <= max(request.frames) for number, _ in request.seeks)
     assert request.jitter == NO_JITTER
 
 
@@ -89,7 +91,7 @@ def test_evaluation_is_centred_and_in_order() -> None:
     assert request.path == "/videos/0.mp4"
     assert request.frames == tuple(range(89, 210, 8))
     assert (request.resize, request.crop, request.flip) == ((256, 340), (16, 58), False)
-    assert request.seek == (60, 600)
+    assert request.seeks == ((60, 600),)
 
 
 def test_substitute_is_the_next_file_with_the_same_mask() -> None:
@@ -115,7 +117,7 @@ def test_files_known_to_be_unreadable_keep_their_places() -> None:
             left = [path for path in order[place:] + order[:place] if path not in bad]
             for k in range(3):
                 request = sampler.request(50 * epoch + place, substitute=k)
-                assert request == replace(whole.request(50 * epoch + place), path=left[k])
+                assert request == replace(whole.request(50 * epoch + place), file=File(left[k], left[k]))
 
 
 def test_known_values() -> None:
@@ -123,3 +125,130 @@ def test_known_values() -> None:
     request = Sampler(CLIPS, DataConfig(), "clips", 0).request(12345)
     assert (request.path, request.resize, request.crop) == ("/videos/3.mp4", (312, 414), (13, 156))
     assert (request.frames[:5], request.flip, request.mask_seed) == ((0, 8, 16, 24, 0), True, 1875867415229846789)
+
+
+SEGMENTS = DataConfig(frames=8, sampling="segments")
+
+
+@given(position=st.integers(0, 10**6))
+def test_segments_hold_one_frame_each(position: int) -> None:
+    """Frame i lies in the i-th of eight equal parts; a video of fewer frames repeats them in order."""
+    request = Sampler(CLIPS, SEGMENTS, "clips", 0).request(position)
+    length = CLIPS.entries[int(request.path.split("/")[-1].split(".")[0])].frames
+    assert len(request.frames) == 8
+    for part, frame in enumerate(request.frames):
+        low, high = part * length // 8, (part + 1) * length // 8
+        assert low <= frame < max(high, low + 1)
+        assert frame < length
+
+
+def test_segments_are_uniform() -> None:
+    """Each frame of a part comes up equally often; four standard errors."""
+    manifest = replace(CLIPS, entries=(CLIPS.entries[6],))  # 200 frames: 25 a part
+    sampler = Sampler(manifest, SEGMENTS, "clips", 0)
+    frames = np.array([sampler.request(position).frames for position in range(2000)])
+    for part in range(8):
+        counts = np.bincount(frames[:, part] - 25 * part, minlength=25)
+        assert len(counts) == 25
+        assert np.abs(counts - 80).max() < 4 * np.sqrt(80)
+    assert abs(np.corrcoef(frames[:, 0], frames[:, 1])[0, 1]) < 4 / np.sqrt(2000)
+
+
+def test_segments_do_not_change_the_other_numbers() -> None:
+    """Crop, flip and mask of a position are those of dense sampling."""
+    dense = Sampler(CLIPS, DataConfig(frames=8), "clips", 5)
+    segments = Sampler(CLIPS, SEGMENTS, "clips", 5)
+    for position in range(20):
+        assert segments.request(position) == replace(
+            dense.request(position), frames=segments.request(position).frames, seeks=segments.request(position).seeks
+        )
+
+
+def test_evaluation_takes_the_middle_of_each_segment() -> None:
+    """Of 25 frames the 13th; no draw."""
+    manifest = replace(CLIPS, entries=(CLIPS.entries[6],))
+    request = Sampler(manifest, SEGMENTS, "clips", 0, train=False).request(0)
+    assert request.frames == tuple(25 * part + 12 for part in range(8))
+
+
+def test_a_range_of_frames() -> None:
+    """Diving48: only frames [start, end) of a file are the sample's; it loops inside them where it is too short."""
+    entry = replace(CLIPS.entries[5], start=100, end=180)
+    manifest = replace(CLIPS, entries=(entry,))
+    starts = {Sampler(manifest, DataConfig(), "clips", seed).request(0).frames for seed in range(20)}
+    assert starts == {tuple(100 + (8 * i) % 80 for i in range(16))}
+    short = DataConfig(frames=8, stride=2)
+    drawn = [Sampler(manifest, short, "clips", seed).request(0).frames for seed in range(300)]
+    assert {frames[0] for frames in drawn} == set(range(100, 166))
+    assert max(frames[-1] for frames in drawn) == 179
+    assert Sampler(manifest, SEGMENTS, "clips", 0, train=False).request(0).frames == tuple(
+        100 + 10 * part + 4 for part in range(8)
+    )
+
+
+def test_grid_of_a_test() -> None:
+    """K400's 4 clips x 3 crops: evenly placed clips, crops at the ends and in the middle of the longer side."""
+    data = DataConfig(frames=32, stride=2, short_side=(224, 224))
+    views = Sampler(CLIPS, data, "clips", 0, train=False).grid(0, clips=4, crops=3)
+    assert len(views) == 12
+    assert [view.frames[0] for view in views[::3]] == [
+        int((300 - 63) * share) for share in (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+    ]
+    assert [view.crop for view in views[:3]] == [(0, 0), (0, 37), (0, 74)]
+    assert {view.resize for view in views} == {(224, 298)}
+    assert not any(view.flip for view in views)
+    upright = replace(CLIPS, entries=(replace(CLIPS.entries[0], width=256, height=340),))
+    assert [view.crop for view in Sampler(upright, data, "clips", 0).grid(0, 1, 3)] == [(0, 0), (37, 0), (74, 0)]
+    assert Sampler(CLIPS, DataConfig(), "clips", 0).grid(0, 1, 1)[0].crop == (16, 58)
+
+
+def test_grid_of_segments() -> None:
+    """Something-Something's 1 x 3: the middle of every part; more clips lie between the parts' ends."""
+    data = DataConfig(frames=8, sampling="segments", short_side=(224, 224))
+    manifest = replace(CLIPS, entries=(CLIPS.entries[6],))
+    one = Sampler(manifest, data, "clips", 0).grid(0, 1, 3)
+    assert {view.frames for view in one} == {tuple(25 * part + 12 for part in range(8))}
+    two = Sampler(manifest, data, "clips", 0).grid(0, 2, 1)
+    assert [view.frames[0] for view in two] == [6, 18]
+
+
+def test_grid_of_an_unreadable_file() -> None:
+    """An error: nothing is replaced in a test."""
+    manifest = replace(CLIPS, entries=(replace(CLIPS.entries[0], error="damaged"),))
+    with pytest.raises(DataError, match=r"/videos/0\.mp4: damaged; .* never replaced"):
+        Sampler(manifest, DataConfig(), "clips", 0).grid(0, 4, 3)
+
+
+@pytest.mark.parametrize(("manifest", "stream"), [(CLIPS, "clips"), (IMAGES, "images")])
+def test_fixed_views(manifest: Manifest, stream: Stream) -> None:
+    """Three cuts a file, the same for every seed and epoch, drawn equally often; masks are drawn anew."""
+    data = DataConfig(views=3)
+    views: dict[int, set[object]] = {}
+    counts, masks = np.zeros(3 * len(manifest.entries)), set()
+    for seed in (0, 1):
+        sampler = Sampler(manifest, data, stream, seed)
+        for position in range(1500):
+            request = sampler.request(position)
+            assert manifest.locate(manifest.entries[request.slot // 3]) == request.path
+            views.setdefault(request.slot, set()).add(replace(request, position=0, mask_seed=0))
+            counts[request.slot] += 1
+            masks.add(request.mask_seed)
+    assert all(len(cuts) == 1 for cuts in views.values())
+    assert len({cut for cuts in views.values() for cut in cuts}) == 3 * len(manifest.entries)
+    assert len(masks) == 3000
+    expected = 3000 / len(counts)
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    assert Sampler(manifest, DataConfig(), stream, 0).request(0).slot == -1
+    assert Sampler(manifest, data, stream, 0, train=False).request(0).slot == -1
+
+
+def test_jumps_to_key_frames() -> None:
+    """Before the first frame, and into gaps that are long enough; never past a wanted frame."""
+    keys = tuple((12 * i, 120 * i) for i in range(25))
+    manifest = replace(CLIPS, entries=(replace(CLIPS.entries[0], keys=keys),))
+    dense = Sampler(manifest, DataConfig(), "clips", 0, train=False).request(0)
+    assert dense.frames[0] == 89
+    assert dense.seeks == ((84, 840),)
+    sparse = Sampler(manifest, SEGMENTS, "clips", 0, train=False).request(0)
+    assert sparse.frames == (18, 55, 93, 130, 168, 205, 243, 280)
+    assert [number for number, _ in sparse.seeks] == [12, 48, 84, 120, 168, 204, 240, 276]

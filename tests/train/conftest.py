@@ -43,6 +43,7 @@ def config(dataset: shapes.ShapesPaths, tokenizer_path: Path) -> Config:
             stride=2,
             short_side=(64, 80),
             crop=64,
+            backend="pyav",
             workers=0,
         ),
         optim=OptimConfig(lr=1e-3, max_steps=6, epochs=1, warmup_epochs=0.3),

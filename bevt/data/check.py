@@ -1,0 +1,125 @@
+"""What is wrong with the files of a manifest, and what to do about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from bevt.data.entry import Entry
+from bevt.data.files import File, ReadError
+from bevt.data.manifest import Manifest
+from bevt.data.sources import CUT, MISSING
+
+SPARSE_KEYS = 250
+"""Key frames further apart than this (x264's default) make seeking slow."""
+
+_BLOCK = 1 << 20
+_BEGINNING = 1 << 12
+
+
+class Category(NamedTuple):
+    """A kind of problem. An `error` keeps a file from being used, a `warning` costs time or quality."""
+
+    severity: Literal["error", "warning", "note"]
+    advice: str
+
+
+CATEGORIES = {
+    "unreadable": Category("error", "fetch or encode it again; until then training reads another in its place"),
+    "truncated": Category("error", "fetch it again; until then training reads another in its place"),
+    "listed but missing": Category("error", "fetch it, or take it off the list"),
+    "variable rate": Category("warning", "equal strides are not equal times: re-encode (ffmpeg -fps_mode cfr)"),
+    "sparse key frames": Category("warning", "a late clip decodes all frames before it: re-encode (ffmpeg -g 48)"),
+    "duplicates": Category("warning", "keep one of them"),
+    "too short": Category("note", "the clip loops; a smaller data.stride avoids that"),
+    "odd sizes": Category("note", "some decoders refuse them; crop a pixel when re-encoding"),
+}
+"""By name, worst first."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that `check` found."""
+
+    category: str
+    """A key of CATEGORIES."""
+    path: str
+    what: str
+
+
+def check(manifest: Manifest, span: int = 0) -> list[Problem]:
+    """What is wrong with the files, worst first. Reads only files that have the size of another one.
+
+    `span`: source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted. 0: not checked.
+    """
+    problems = []
+    by_size: dict[Hashable, list[int]] = defaultdict(list)
+    for number, entry in enumerate(manifest.entries):
+        problems += [Problem(category, entry.path, what) for category, what in _problems(manifest, entry, span)]
+        if entry.error is None:
+            by_size[entry.bytes].append(number)
+    problems += _duplicates(manifest, [group for group in by_size.values() if len(group) > 1])
+    order = list(CATEGORIES)
+    return sorted(problems, key=lambda problem: (order.index(problem.category), problem.path))
+
+
+def _problems(manifest: Manifest, entry: Entry, span: int) -> Iterator[tuple[str, str]]:
+    """(category, what) of what the entry alone shows."""
+    if entry.error is not None:
+        begins = {CUT: "truncated", MISSING: "listed but missing"}
+        category = next((name for start, name in begins.items() if entry.error.startswith(start)), "unreadable")
+        yield category, entry.error
+        return
+    if entry.variable_rate:
+        yield "variable rate", "the time from frame to frame varies by more than a tenth"
+    if entry.key_interval > SPARSE_KEYS:
+        yield "sparse key frames", f"up to {entry.key_interval} frames between key frames, {SPARSE_KEYS} are usual"
+    if manifest.kind == "clips" and entry.length() < span:
+        yield "too short", f"{entry.length()} frames, a clip spans {span}"
+    if entry.width % 2 or entry.height % 2:
+        yield "odd sizes", f"odd size {entry.width}x{entry.height}"
+
+
+def _duplicates(manifest: Manifest, groups: list[list[int]]) -> Iterator[Problem]:
+    """Files with the same bytes, of groups with the same size; and those that went away since they were indexed.
+
+    The first 4 KiB are compared before all are: pictures of one size are common (in ImageNet, most are not alone).
+    """
+    for group in groups:
+        entries = [manifest.entries[number] for number in group]
+        paths = {manifest.file(entry): entry.path for entry in entries}  # several ranges of one file count once
+        same = [list(paths)]
+        for compared in (_beginning, _whole):
+            by_key: dict[Hashable, list[File]] = defaultdict(list)
+            for place, alike in enumerate(same):
+                for file in alike:
+                    try:
+                        by_key[place, compared(file)].append(file)
+                    except ReadError as error:
+                        yield Problem("listed but missing", paths[file], f"since it was indexed: {error.reason}")
+            same = [alike for alike in by_key.values() if len(alike) > 1]
+        for alike in same:
+            first, *others = (paths[file] for file in alike)
+            yield from (Problem("duplicates", path, f"the same bytes as {first}") for path in others)
+
+
+def _beginning(file: File) -> bytes:
+    return file.read(_BEGINNING)
+
+
+def _whole(file: File) -> bytes:
+    """A digest of all bytes, without holding them."""
+    digest = hashlib.sha256()
+    try:
+        with open(file.path, "rb") as stream:
+            stream.seek(file.offset)
+            left = file.size or -1
+            while left and (block := stream.read(_BLOCK if left < 0 else min(left, _BLOCK))):
+                digest.update(block)
+                left -= len(block) if left > 0 else 0
+    except OSError as error:
+        raise ReadError(file.name, f"cannot be opened ({error.strerror})") from error
+    return digest.digest()

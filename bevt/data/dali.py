@@ -1,0 +1,345 @@
+"""The DALI backend: encoded bytes in, cut pixels out, on the GPU (NVDEC, nvJPEG) or, for VP8, VP9 and MJPEG, on CPUs.
+
+One pipeline definition for videos and one for images; `device_id` alone decides where they run. Each decodes, turns the
+crop of the resized frame back into a region of the decoded one, and resizes just that region (bicubic, antialiased:
+the pixels of resizing everything and cropping). The batch reaches PyTorch through DLPack without a copy, on the device.
+Colour jitter and the tokenizer's second resize follow there, in `bevt.data.augment`, for every backend alike: DALI's
+Lanczos antialiases, and the tokenizer was made for a resize that does not.
+
+Requests come from the same sampler as everybody's; a thread pool reads the files ahead. DALI drops a whole pipeline
+where one sample cannot be decoded, so that micro-batch is then decoded file by file, to name the bad one, and a new
+pipeline goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, tee
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bevt.config import DataConfig
+from bevt.data import DataError
+from bevt.data.decoding import Decoded, Masks, Plan, remembering, shape
+from bevt.data.files import ReadError
+from bevt.data.manifest import Manifest
+from bevt.data.sampling import STREAMS, Request, Stream
+
+CODECS = {
+    "cpu": ("vp8", "vp9", "mjpeg"),
+    "gpu": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
+}
+"""What `decoders.video` of DALI 2.4 decodes, by where it runs (its own documentation; H.264 on CPUs ended with 2.1)."""
+
+PIXEL_FORMATS = ("yuv420p", "yuvj420p")
+"""8-bit 4:2:0, which every one of these decoders takes."""
+
+
+def refusal(manifest: Manifest, device_id: int | None) -> str:
+    """Why DALI cannot serve these files on that device (None: the CPU); empty where it can."""
+    if manifest.kind == "images":
+        return ""
+    where = "cpu" if device_id is None else "gpu"
+    for codec, pixels in manifest.formats:
+        if codec not in CODECS[where]:
+            others = "on a GPU it decodes" if device_id is None and codec in CODECS["gpu"] else "it decodes"
+            return (
+                f"DALI does not decode {codec} on {'CPUs' if device_id is None else 'GPUs'} ("
+                f"{others} {', '.join(CODECS['gpu' if others.startswith('on') else where])})"
+            )
+        if pixels not in PIXEL_FORMATS:
+            return f"DALI's video decoders take 8-bit 4:2:0 ({', '.join(PIXEL_FORMATS)}), not {codec} in {pixels}"
+    return ""
+
+
+def library() -> ModuleType:
+    """DALI, or a DataError that says how to get it."""
+    try:
+        from nvidia import dali
+    except (ImportError, OSError) as error:
+        raise DataError(
+            f"DALI does not import ({error}); install it: `pip install 'bevt[dali]'` (CUDA 13 or no GPU) or "
+            "`pip install 'bevt[dali-cuda12]'`"
+        ) from error
+    return dali
+
+
+class Pipelines:
+    """`bevt.data.decoding.Backend` of DALI on one device; None: the CPU."""
+
+    name = "dali"
+
+    def __init__(self, data: DataConfig, device_id: int | None) -> None:
+        self._data, self._device_id = data, device_id
+        self._device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
+        library()
+
+    def read(self, requests: Sequence[Request], into: Sequence[Tensor]) -> None:
+        """Decode requests of one file. Raises ReadError."""
+        for request, out in zip(requests, into, strict=True):
+            sample = load(request)
+            pipeline = self.pipeline(request.stream, iter([[sample]]), 1, request.size)
+            try:
+                out.copy_(self._run(pipeline, [sample])[0])
+            except _Broken as broken:
+                raise ReadError(request.path, broken.reason) from broken
+
+    def decode(self, plans: Iterable[Plan], masks: Masks) -> Generator[tuple[Plan, Decoded], None, None]:
+        """As `Backend.decode`; `data.prefetch` plans are being decoded ahead, as many more being read."""
+        rest = iter(plans)
+        begun: deque[Plan] = deque()
+        while True:
+            running = self._decode(remembering(begun, rest), masks)
+            try:
+                for decoded in running:
+                    yield begun.popleft(), decoded
+                return
+            except _Broken:
+                plan = begun.popleft()
+            finally:
+                running.close()
+            yield plan, self._one_by_one(plan, masks)
+            rest = chain(list(begun), rest)
+            begun.clear()
+
+    def _decode(self, plans: Iterable[Plan], masks: Masks) -> Generator[Decoded, None, None]:
+        """The plans through a pipeline a stream. Raises _Broken where one of them has ended."""
+        with ThreadPoolExecutor(max(1, self._data.workers), "bevt-read") as threads:
+            loaded = _ahead(threads, plans, self._data.prefetch, masks)
+            first = next(loaded, None)
+            if first is None:
+                return
+            streams = [stream for stream in STREAMS if getattr(first.plan, stream)]
+            mine, *feeds = tee(chain([first], loaded), 1 + len(streams))
+            pipelines = {}
+            for stream, feed in zip(streams, feeds, strict=True):
+                requests = getattr(first.plan, stream)
+                pipelines[stream] = self.pipeline(stream, _batches(feed, stream), len(requests), requests[0].size)
+            del first
+            for item in mine:
+                pixels = {stream: self._pixels(item, stream, pipeline) for stream, pipeline in pipelines.items()}
+                yield Decoded(
+                    pixels.get("clips"), item.clip_masks, pixels.get("images"), item.image_masks, item.failures
+                )
+
+    def _pixels(self, item: _Loaded, stream: Stream, pipeline: Any) -> Tensor:
+        """A plan's pixels of one stream; zeros for what could not be loaded."""
+        requests, samples = getattr(item.plan, stream), item.samples[stream]
+        found = self._run(pipeline, samples) if samples else None
+        if found is not None and len(samples) == len(requests):
+            return found
+        out = torch.zeros(shape(requests), dtype=torch.uint8, device=self._device)
+        lost = {row for name, row, _ in item.failures if name == stream}
+        if found is not None:
+            out[[row for row in range(len(requests)) if row not in lost]] = found
+        return out
+
+    def _one_by_one(self, plan: Plan, masks: Masks) -> Decoded:
+        """A plan decoded file by file, which names those that cannot be."""
+        failures: list[tuple[Stream, int, str]] = []
+        pixels: dict[Stream, Tensor | None] = {"clips": None, "images": None}
+        for stream in STREAMS:
+            requests = getattr(plan, stream)
+            if not requests:
+                continue
+            pixels[stream] = out = torch.zeros(shape(requests), dtype=torch.uint8, device=self._device)
+            for row, request in enumerate(requests):
+                try:
+                    self.read([request], [out[row]])
+                except ReadError as error:
+                    failures.append((stream, row, error.reason))
+        return Decoded(
+            pixels["clips"], masks("clips", plan.clips), pixels["images"], masks("images", plan.images), failures
+        )
+
+    def pipeline(self, stream: Stream, feed: Iterator[list[_Sample]], batch: int, size: int) -> Any:
+        """A pipeline that takes batches of at most `batch` samples from `feed`, and cuts them to squares of `size`.
+
+        0: it returns the decoded pictures first, and then what says how to cut them.
+        """
+        from nvidia.dali import pipeline_def
+
+        define = pipeline_def(_clips if stream == "clips" else _images)
+        pipeline = define(
+            (_columns(samples)[: 6 if stream == "clips" else 5] for samples in feed),
+            "cpu" if self._device_id is None else "mixed",
+            size,
+            batch_size=batch,
+            num_threads=max(1, self._data.workers),
+            device_id=self._device_id,
+            prefetch_queue_depth=self._data.prefetch,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _run(self, pipeline: Any, samples: list[_Sample]) -> Tensor:
+        """(samples, ..., size, size, 3) uint8, upright: the pipeline's next batch. Raises _Broken."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            (batch,) = pipeline.run(cuda_stream=stream) if stream else pipeline.run()
+        except RuntimeError as error:
+            raise _Broken(str(error)) from error
+        out = torch.from_dlpack(batch.as_tensor())
+        for row, sample in enumerate(samples):
+            if sample.turns:
+                out[row] = torch.rot90(out[row].clone(), sample.turns, (-3, -2))
+        return out
+
+
+class _Broken(Exception):
+    """A pipeline that has ended with an error."""
+
+    @property
+    def reason(self) -> str:
+        """What DALI says in the middle of its report."""
+        text = str(self).partition("encountered:")[2].partition("C++ context")[0] or str(self)
+        return f"DALI cannot decode it ({' '.join(text.split())})"
+
+
+class _Sample(NamedTuple):
+    """One request as DALI takes it. Coordinates are those of the decoded frame, before it is turned upright."""
+
+    encoded: np.ndarray
+    frames: np.ndarray
+    resize: np.ndarray
+    """(height, width) of the whole frame after the resize."""
+    crop: np.ndarray
+    """(top, left) of the crop in it."""
+    flips: np.ndarray
+    """(horizontal, vertical), 0 or 1."""
+    turns: int
+
+
+class _Loaded(NamedTuple):
+    """A plan with its files' bytes; requests whose file cannot be read have no sample."""
+
+    plan: Plan
+    samples: dict[Stream, list[_Sample]]
+    clip_masks: Tensor | None
+    image_masks: Tensor | None
+    failures: list[tuple[Stream, int, str]]
+
+
+def _clips(feed: Iterator[Any], device: str, size: int) -> Any:
+    """Batches of `_columns` in, (B, T, size, size, 3) uint8 out."""
+    from nvidia.dali import fn
+
+    encoded, *cut, frames = _source(feed, 6)
+    # Without pad_mode="none" a video that is too short would end in black frames, in silence.
+    return _cut(fn.decoders.video(encoded, frames=frames, device=device, pad_mode="none"), size, *cut)
+
+
+def _images(feed: Iterator[Any], device: str, size: int) -> Any:
+    """Batches of `_columns` in, (M, size, size, 3) uint8 out. The decoder turns images as their EXIF data says."""
+    from nvidia.dali import fn, types
+
+    encoded, *cut = _source(feed, 5)
+    return _cut(fn.decoders.image(encoded, device=device, output_type=types.RGB), size, *cut)
+
+
+def _source(feed: Iterator[Any], count: int) -> list[Any]:
+    """The first `count` of `_columns`."""
+    from nvidia.dali import fn, types
+
+    kinds = [types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.INT32, types.INT32][:count]
+    return list(fn.external_source(source=feed, num_outputs=count, dtype=kinds, batch=True))
+
+
+def _cut(pictures: Any, size: int, resize: Any, crop: Any, horizontal: Any, vertical: Any) -> Any:
+    """The crop at `crop` of the pictures at `resize`, by resizing only that region of them.
+
+    `size` 0: the pictures as they are, and the other inputs, of which DALI would otherwise say that nobody uses them.
+    """
+    from nvidia.dali import fn, types
+
+    if size == 0:
+        return pictures, resize, crop, horizontal, vertical
+    region = fn.resize(
+        pictures,
+        size=[size, size],
+        roi_start=crop / resize,
+        roi_end=(crop + float(size)) / resize,
+        roi_relative=True,
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
+    return fn.flip(region, horizontal=horizontal, vertical=vertical)
+
+
+def _columns(samples: list[_Sample]) -> tuple[list[np.ndarray], ...]:
+    """What the external source takes: a list over the samples of each input."""
+    return (
+        [sample.encoded for sample in samples],
+        [sample.resize for sample in samples],
+        [sample.crop for sample in samples],
+        [sample.flips[0] for sample in samples],
+        [sample.flips[1] for sample in samples],
+        [sample.frames for sample in samples],
+    )
+
+
+def load(request: Request) -> _Sample:
+    """The request with its file's bytes. Raises ReadError."""
+    (height, width), (top, left), size, turns = request.resize, request.crop, request.size, request.turns
+    # Where the upright crop lies in the frame as decoded, which `turns` quarter turns bring upright.
+    resize = (height, width) if turns % 2 == 0 else (width, height)
+    crop = {
+        0: (top, left),
+        1: (left, resize[1] - top - size),
+        2: (resize[0] - top - size, resize[1] - left - size),
+        3: (resize[0] - left - size, top),
+    }[turns]
+    flips = (request.flip and turns % 2 == 0, request.flip and turns % 2 == 1)
+    return _Sample(
+        np.frombuffer(request.file.read(), np.uint8),
+        np.array(request.frames, np.int32),
+        np.array(resize, np.float32),
+        np.array(crop, np.float32),
+        np.array(flips, np.int32),
+        turns,
+    )
+
+
+def _batches(loaded: Iterator[_Loaded], stream: Stream) -> Iterator[list[_Sample]]:
+    return (item.samples[stream] for item in loaded if item.samples[stream])
+
+
+def _ahead(threads: ThreadPoolExecutor, plans: Iterable[Plan], count: int, masks: Masks) -> Iterator[_Loaded]:
+    """The plans with their files' bytes, in order, read and masked `count` plans ahead by the threads."""
+
+    def attempt(request: Request) -> _Sample | ReadError:
+        try:
+            return load(request)
+        except ReadError as error:
+            return error
+
+    waiting: deque[tuple[Plan, dict[Stream, list[Any]], list[Any]]] = deque()
+
+    def finish() -> _Loaded:
+        plan, files, drawn = waiting.popleft()
+        samples: dict[Stream, list[_Sample]] = {"clips": [], "images": []}
+        failures: list[tuple[Stream, int, str]] = []
+        for stream, futures in files.items():
+            for row, future in enumerate(futures):
+                sample = future.result()
+                if isinstance(sample, ReadError):
+                    failures.append((stream, row, sample.reason))
+                else:
+                    samples[stream].append(sample)
+        clip_masks, image_masks = (future.result() for future in drawn)
+        return _Loaded(plan, samples, clip_masks, image_masks, failures)
+
+    for plan in plans:
+        files = {stream: [threads.submit(attempt, request) for request in getattr(plan, stream)] for stream in STREAMS}
+        drawn = [threads.submit(masks, stream, getattr(plan, stream)) for stream in STREAMS]
+        waiting.append((plan, files, drawn))
+        if len(waiting) > count:
+            yield finish()
+    while waiting:
+        yield finish()

@@ -108,9 +108,10 @@ class DataConfig:
     """Where samples come from and how they are cut (spec: BEVT's joint stage)."""
 
     clips: str = ""
-    """Folder of videos, list of `path label` lines, or manifest of `bevt data index`; empty: no video stream."""
+    """Videos: a folder, tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json, or manifest of
+    `bevt data index`; empty: no video stream."""
     images: str = ""
-    """Folder of images, list, or manifest; empty: no image stream."""
+    """Images: a folder, tar archive, list of `path label` lines or manifest; empty: no image stream."""
     val_clips: str = ""
     """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
     val_images: str = ""

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
     augment: float
     """Resize, crop, flip."""
     hand_over: float
-    """From a worker process to the trainer, or from DALI to torch. Processes do it while others decode."""
+    """Drawing the request and moving pixels from a worker process to the trainer; of DALI: from it to torch."""
 
 
 class Row(NamedTuple):
@@ -100,8 +100,8 @@ class Report:
 
 _ABOUT_PATHS = (
     "samples/s, MB/s: what reaches the trainer, without masks; MB of the samples' files, whole. Milliseconds a sample, "
-    "of one worker or thread: decode (open, read, decode, to RGB); augment (resize, crop, flip); hand-over (process to "
-    "trainer, DALI to torch), during which other workers decode."
+    "of one worker or thread: decode (open, read, decode, to RGB); augment (resize, crop, flip); hand-over (request to "
+    "a worker, pixels to the trainer; DALI: to torch), during which other workers decode."
 )
 _ABOUT_CORES = (
     "The library alone in a simple loop, one thread, from the key frame before the clip where the index has one; per "
@@ -175,23 +175,21 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
 def _whole(
     config: Config, sampler: Sampler, backend: Backend, seconds: float, bad: dict[str, str]
 ) -> tuple[tuple[float, float], list[Request]]:
-    """(samples, megabytes) a second on the whole path, and what could be read; the rest is named in `bad`.
-
-    Workers finish their first micro-batches together. One round of them warms up, and only whole rounds count.
+    """(samples, megabytes) a second after a first micro-batch, and the requests that could be served; `bad` gets the
+    other files.
     """
     size = getattr(config.train, sampler.stream)
-    turns = max(1, config.data.workers) if isinstance(backend, Processes) else 1
     good: list[Request] = []
     counted, begin = 0, 0.0
     with contextlib.closing(backend.decode(_plans(sampler, size), Masks(config, ()))) as running:
-        for number, (plan, decoded) in enumerate(running, 1):
+        for plan, decoded in running:
             requests = plan.clips or plan.images
             lost = {row: reason for _, row, reason in decoded.failures}
             bad.update((requests[row].path, reason) for row, reason in lost.items())
             good += [request for row, request in enumerate(requests) if row not in lost]
-            if number == turns:
+            if begin == 0:
                 counted, begin = len(good), time.perf_counter()
-            elif number % turns == 0 and (elapsed := time.perf_counter() - begin) >= seconds:
+            elif (elapsed := time.perf_counter() - begin) >= seconds:
                 sizes = (request.file.size or os.path.getsize(request.file.path) for request in good[counted:])
                 return ((len(good) - counted) / elapsed, sum(sizes) / elapsed / 1e6), good
     raise AssertionError("the plans do not end")

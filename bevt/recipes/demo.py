@@ -20,7 +20,7 @@ def demo_image_stage() -> Config:
         tokenizer=TokenizerConfig(kind="vq"),
         image_mask=MaskConfig(kind="block", min_block=4),
         clip_mask=MaskConfig(kind="tube", min_block=4),
-        data=DataConfig(short_side=(96, 112), crop=96, stride=2, jitter=0.0, workers=1),
+        data=DataConfig(short_side=(96, 112), crop=96, stride=2, jitter=0.0, workers=1, backend="pyav"),
         optim=OptimConfig(lr=2e-3, max_steps=250, epochs=1, warmup_epochs=0.1),
         train=TrainConfig(clips=0, images=32, micro_images=32, precision="float32", log_every=5, checkpoint_every=100),
     )

@@ -11,9 +11,9 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ import bevt
 from bevt import tokenizers
 from bevt.config import Config, ConfigError, check, from_dict, to_dict
 from bevt.data import DataError
-from bevt.data.batch import BadFile, Loader
+from bevt.data.batch import Loader
 from bevt.data.build import StepLoader, build_loader, check_held_out
 from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
@@ -32,7 +32,7 @@ from bevt.models.bevt import BEVT, Stream
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
-from bevt.train.metrics import Display, Meter, MetricsWriter, RunError, counting
+from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
 from bevt.train.step import TrainStep
 
@@ -90,7 +90,7 @@ def _train(
             "give the run's own with --tokenizer.path"
         )
     _probe_sources(config, world, quiet)
-    bad_files = out / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
+    bad_files = BadFiles(out, world)
     loader = _build_loader(config, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
     stack.callback(loader.close)
     cache = None
@@ -126,8 +126,8 @@ def _train(
     display.note(_describe(config, model, implementations, loader, world, steps))
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
-    if not saved:
-        _note_bad_files(loader.unreadable, bad_files)
+    if world.main:
+        bad_files.add(loader.unreadable)
     train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world, cache)
     writer = MetricsWriter(out, start) if world.main else None
     if writer:
@@ -172,7 +172,7 @@ def _train(
         step += 1
         meter.add(step, micro, result)
         display.step(step)
-        _note_bad_files([entry for batch in micro for entry in batch.bad], bad_files)
+        bad_files.add(entry for batch in micro for entry in batch.bad)
         checkpointed = step % config.train.checkpoint_every == 0 or step == steps
         # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
         logged = step % config.train.log_every == 0 or checkpointed
@@ -341,13 +341,6 @@ def _describe(
         f"{steps} steps of {train.clips} clips + {train.images} images, {loader.steps_per_epoch:.1f} steps an epoch, "
         f"{loader.accumulation} micro-batches a step and process"
     )
-
-
-def _note_bad_files(bad: Sequence[BadFile], path: Path) -> None:
-    """Add unreadable files, which the loader has named in the log, to `bad_files.jsonl`."""
-    if bad:
-        with path.open("a") as f:
-            f.writelines(json.dumps(asdict(entry)) + "\n" for entry in bad)
 
 
 def _finish(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Column
 from torch import Tensor
 
 from bevt.config import Config, UserError
-from bevt.data.batch import Batch
+from bevt.data.batch import BadFile, Batch
 from bevt.train.distributed import World
 from bevt.train.step import StepResult
 
@@ -66,6 +67,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class BadFiles:
+    """`bad_files.jsonl` of one run folder: a row for every unreadable file, when this process first meets it.
+
+    Processes but the first write `bad_files_rank<n>.jsonl`. What an earlier part of the run has listed, in any of these
+    files, is not listed again. The loader names the files in the log.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._path = folder / ("bad_files.jsonl" if world.main else f"bad_files_rank{world.rank}.jsonl")
+        self._listed = {
+            (row["stream"], row["path"]) for path in folder.glob("bad_files*.jsonl") for row in read_rows(path)
+        }
+
+    def add(self, bad: Iterable[BadFile]) -> None:
+        """List those that are not listed yet."""
+        lines = []
+        for entry in bad:
+            if (entry.stream, entry.path) not in self._listed:
+                self._listed.add((entry.stream, entry.path))
+                lines.append(json.dumps(asdict(entry)) + "\n")
+        if lines:
+            with self._path.open("a") as file:
+                file.write("".join(lines))
+
+
 class RunError(UserError):
     """A run that cannot start or go on; the message says what is wrong and what to do."""
 
@@ -103,7 +129,9 @@ class Meter:
     def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
         """Step `step` (1-based) is under way on the device."""
         ids = [name for batch in batches for name in (*batch.clip_ids, *batch.image_ids)]
-        for name, value in result.values.items():
+        replaced = len({(bad.stream, bad.position) for batch in batches for bad in batch.bad})
+        counted = {"replaced": torch.full((), float(replaced), device=self.world.device)}  # a kernel, not a copy
+        for name, value in {**result.values, **counted}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
         self._timed += 1
@@ -135,10 +163,14 @@ class Meter:
         )
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
-        """The means since the last row, over all processes: one device read."""
+        """The means since the last row, over all processes: one device read.
+
+        `replaced` is a count: samples whose file turned out unreadable, so that another was read in its place.
+        """
         seconds = time.perf_counter() - self._start
         values = self.world.mean(torch.stack(list(self._sums.values())) / self._count)
         row: dict[str, Any] = {"event": "train", "step": step, **dict(zip(self._sums, values.tolist())), "lr": lr}
+        row["replaced"] = round(row["replaced"] * self._count * self.world.size)
         row["step_seconds"] = seconds / self._timed
         row["data_wait"] = self._waited / seconds
         for stream in ("clips", "images"):

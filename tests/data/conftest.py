@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from bevt.config import Config, DataConfig, MaskConfig, TrainConfig
@@ -28,3 +31,13 @@ def config(dataset: shapes.ShapesPaths) -> Config:
         ),
         train=TrainConfig(clips=4, images=8, micro_clips=2, micro_images=4, eval_clips=3, eval_images=5),
     )
+
+
+@pytest.fixture
+def clips(dataset: shapes.ShapesPaths, tmp_path: Path) -> Path:
+    """A folder of its own with two good videos: 0000.mp4 and 0001.webm."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("0000.mp4", "0001.webm"):
+        shutil.copy(Path(dataset.train_clips) / name, folder)
+    return folder

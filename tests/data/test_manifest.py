@@ -16,22 +16,12 @@ import numpy as np
 import pytest
 
 from bevt.config import DataConfig
-from bevt.data import DataError, manifest, probe, shapes
+from bevt.data import DataError, manifest, probe
 from bevt.data.entry import Entry, Kind
 from bevt.data.manifest import Manifest, index, open_source
 from bevt.data.sampling import Sampler
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install av")
-
-
-@pytest.fixture
-def clips(dataset: shapes.ShapesPaths, tmp_path: Path) -> Path:
-    """A folder of its own with two good videos: 0000.mp4 and 0001.webm."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for name in ("0000.mp4", "0001.webm"):
-        shutil.copy(Path(dataset.train_clips) / name, folder)
-    return folder
 
 
 def test_round_trip(clips: Path, tmp_path: Path) -> None:
@@ -187,8 +177,10 @@ def test_a_loaded_manifest_is_the_one_that_was_saved(made: Manifest, tmp_path: P
 
 
 def test_the_fingerprint_never_changes(made: Manifest, tmp_path: Path) -> None:
-    """Saved runs are resumed by it: names and sizes, each ended by a zero byte."""
-    names = "".join(f"{entry.path}\0{entry.bytes}\0" for entry in made.entries)
+    """Saved runs are resumed by it: names and sizes, each ended by a zero byte; where there are any, ranges too."""
+    ranges = {entry.path: f"{entry.start}\0{entry.end}\0" for entry in made.entries if entry.end}
+    assert ranges
+    names = "".join(f"{entry.path}\0{entry.bytes}\0{ranges.get(entry.path, '')}" for entry in made.entries)
     expected = hashlib.sha256(names.encode()).hexdigest()[:16]
     made.save(tmp_path / "m.jsonl")
     assert made.fingerprint() == Manifest.load(tmp_path / "m.jsonl").fingerprint() == expected

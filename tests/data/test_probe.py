@@ -16,21 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevt.data import probe, shapes
+from bevt.data import probe
 from bevt.data.entry import Entry, Kind
 from bevt.data.manifest import index
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
-
-
-@pytest.fixture
-def clips(dataset: shapes.ShapesPaths, tmp_path: Path) -> Path:
-    """A folder of its own with two good videos: 0000.mp4 and 0001.webm."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for name in ("0000.mp4", "0001.webm"):
-        shutil.copy(Path(dataset.train_clips) / name, folder)
-    return folder
 
 
 def test_facts_of_the_real_clips(real_clips: Path) -> None:

@@ -307,7 +307,16 @@ def test_doctor(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "pretrain joint_stage", "tokenizer fit", "data index", "data check", "budget joint_stage", "doctor"],
+    [
+        "demo",
+        "pretrain joint_stage",
+        "tokenizer fit",
+        "data index",
+        "data check",
+        "data bench",
+        "budget joint_stage",
+        "doctor",
+    ],
 )
 def test_help_of_every_command(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")
@@ -318,5 +327,5 @@ def test_help_of_every_command(run: Run, command: str) -> None:
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "pretrain", "tokenizer fit", "data index", "data check", "budget", "doctor"):
+    for command in ("demo", "pretrain", "tokenizer fit", "data index", "data check", "data bench", "budget", "doctor"):
         assert command in out

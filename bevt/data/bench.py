@@ -276,7 +276,7 @@ def _bare_clip(convert: bool, request: Request, _: Tensor) -> tuple[float, float
                 container.seek(stamp, stream=stream)
             for frame in container.decode(stream):
                 if convert and number in wanted:
-                    frame.to_ndarray(format="rgb24", **pyav._one_thread())
+                    frame.to_ndarray(format="rgb24", **pyav.one_thread())
                 if number == last:
                     break
                 number += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bevt.data.sampling import Request
+
+# Pillow's pixels are read-only, and only read here; torch would say so once in every process.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 Places = list[tuple[Request, Tensor]]
 """Who asks for a picture, and the (size, size, 3) uint8 tensor it is to be cut into."""

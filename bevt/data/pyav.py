@@ -58,7 +58,7 @@ def pictures(request: Request, wanted: list[int]) -> Iterator[tuple[int, np.ndar
     file, to_rgb = request.file, VideoReformatter()
     for number, frame in _frames(file, request, wanted):
         try:
-            pixels = to_rgb.reformat(frame, format="gbrp", interpolation=_ACCURATE, **_one_thread()).to_ndarray()
+            pixels = to_rgb.reformat(frame, format="gbrp", interpolation=_ACCURATE, **one_thread()).to_ndarray()
         except library().error.FFmpegError as error:
             raise ReadError(file.name, f"frame {number} cannot be converted to RGB ({error.strerror})") from error
         yield number, np.rot90(pixels, turns(frame))
@@ -72,7 +72,7 @@ def picture(requests: Sequence[Request]) -> np.ndarray:
     """
     with open_image(requests[0].file) as image:
         image.draft("RGB", (max(max(request.resize) for request in requests),) * 2)
-        return np.array(upright(requests[0].file, image))
+        return np.asarray(upright(requests[0].file, image))
 
 
 def library() -> ModuleType:
@@ -174,9 +174,12 @@ def open_image(file: File) -> Image.Image:
 def upright(file: File, image: Image.Image) -> Image.Image:
     """The decoded image in RGB, turned as its EXIF data says; 16-bit levels keep their upper byte. Raises ReadError."""
     try:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # Pillow would cut 16-bit levels off at 255, not scale them
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode == "RGB":  # converting would copy it
+            image.load()
+            return image
         return image.convert("RGB")
     except _PILLOW_ERRORS as error:
         raise ReadError(file.name, f"cannot be decoded ({error})") from error
@@ -247,6 +250,6 @@ def _by_time(
 
 
 @cache
-def _one_thread() -> dict[str, int]:
-    """PyAV 17 and later convert on every core unless told otherwise; earlier ones have no such argument."""
+def one_thread() -> dict[str, int]:
+    """What keeps a conversion on one core: PyAV 17 and later take every core otherwise, earlier ones know no such word."""
     return {"threads": 1} if int(library().__version__.split(".")[0]) >= 17 else {}

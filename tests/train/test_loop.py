@@ -22,7 +22,7 @@ from bevt.train.metrics import Display, MetricsWriter, read_rows
 
 KEYS = [
     *("event", "step", "loss", "loss_clips", "accuracy_clips", "loss_images", "accuracy_images", "grad_norm", "lr"),
-    *("step_seconds", "data_wait", "clips_per_second", "images_per_second"),
+    *("step_seconds", "data_wait", "clips_per_second", "images_per_second", "replaced"),
 ]
 
 

@@ -182,9 +182,15 @@ class Pipelines:
         """(samples, ..., size, size, 3) uint8, upright: the pipeline's next batch. Raises _Broken."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
-            (batch,) = pipeline.run(cuda_stream=stream) if stream else pipeline.run()
+            batch, shapes = pipeline.run(cuda_stream=stream) if stream else pipeline.run()
         except RuntimeError as error:
             raise _Broken(str(error)) from error
+        for row, sample in enumerate(samples):
+            height, width = np.asarray(shapes.at(row))[-3:-1].tolist()
+            if sample.picture not in ((0, 0), (height, width)):
+                raise _Broken(
+                    f"{width}x{height} pixels, where its manifest says {sample.picture[1]}x{sample.picture[0]}"
+                )
         out = torch.from_dlpack(batch.as_tensor())
         for row, sample in enumerate(samples):
             if sample.turns:
@@ -214,6 +220,9 @@ class _Sample(NamedTuple):
     flips: np.ndarray
     """(horizontal, vertical), 0 or 1."""
     turns: int
+    picture: tuple[int, int]
+    """(height, width) that the decoded frame must have; (0, 0): any. Where a container lies about its frames' size,
+    DALI serves rows that are shifted against each other."""
 
 
 class _Loaded(NamedTuple):
@@ -227,7 +236,7 @@ class _Loaded(NamedTuple):
 
 
 def _clips(feed: Iterator[Any], device: str, size: int) -> Any:
-    """Batches of `_columns` in, (B, T, size, size, 3) uint8 out."""
+    """Batches of `_columns` in; (B, T, size, size, 3) uint8 out, and the shapes before the cut."""
     from nvidia.dali import fn
 
     encoded, *cut, frames = _source(feed, 6)
@@ -236,7 +245,7 @@ def _clips(feed: Iterator[Any], device: str, size: int) -> Any:
 
 
 def _images(feed: Iterator[Any], device: str, size: int) -> Any:
-    """Batches of `_columns` in, (M, size, size, 3) uint8 out. The decoder turns images as their EXIF data says."""
+    """As `_clips`, (M, size, size, 3) uint8. The decoder turns images as their EXIF data says."""
     from nvidia.dali import fn, types
 
     encoded, *cut = _source(feed, 5)
@@ -269,7 +278,7 @@ def _cut(pictures: Any, size: int, resize: Any, crop: Any, horizontal: Any, vert
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
-    return fn.flip(region, horizontal=horizontal, vertical=vertical)
+    return fn.flip(region, horizontal=horizontal, vertical=vertical), pictures.shape()
 
 
 def _columns(samples: list[_Sample]) -> tuple[list[np.ndarray], ...]:
@@ -303,6 +312,7 @@ def load(request: Request) -> _Sample:
         np.array(crop, np.float32),
         np.array(flips, np.int32),
         turns,
+        request.picture if turns % 2 == 0 else request.picture[::-1],
     )
 
 

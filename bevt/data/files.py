@@ -6,6 +6,13 @@ from typing import NamedTuple
 
 from bevt.data import DataError
 
+MOST_PIXELS = 1 << 26
+"""Pixels of an image or frame, 8192 x 8192, above which a file is refused.
+
+It is twice a frame of 8K video and beyond nearly all photographs. Decoding so many takes 0.2 GB as RGB and twice that
+while it is turned; what a damaged or hostile header declares (60,000 x 60,000) would take 11 GB in every process.
+"""
+
 
 class ReadError(DataError):
     """A file that cannot be decoded: `path` and the `reason`, one short sentence."""

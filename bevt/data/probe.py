@@ -17,21 +17,17 @@ from typing import Any
 
 from bevt.data import DataError
 from bevt.data.entry import Entry, Kind, located
-from bevt.data.files import File, ReadError
+from bevt.data.files import MOST_PIXELS, File, ReadError
 from bevt.data.processes import context, initialize
 from bevt.data.sources import CUT
-
-MOST_PIXELS = 1 << 26
-"""Pixels of an image or frame, 8192 x 8192, above which a file is refused before anything is decoded.
-
-It is twice a frame of 8K video and beyond nearly all photographs. Decoding so many takes 0.2 GB as RGB and twice that
-while it is turned; what a damaged or hostile header declares (60,000 x 60,000) would take 11 GB in every process.
-"""
 
 MOST_FRAMES = 1_000_000
 """Packets of a video, 9 hours at 30 a second, above which it is refused: a header can declare billions."""
 
 _DIED = "the process that probed it died: the decoder crashed, or memory ran out"
+
+_LONGEST = 100
+"""Longer sides of a picture over shorter ones; resized to 256 pixels, 1 x 60 million would take 12 TB."""
 
 _KEY_SPACING = 12
 """Key frames closer than this to the last one kept are left out of `Entry.keys`: seeking would gain nothing."""
@@ -109,9 +105,11 @@ def _probe_singly(root: str, kind: Kind, entries: list[Entry]) -> Iterator[Entry
 
 
 def _refuse_huge(file: File, width: int, height: int) -> None:
-    """Raise ReadError above MOST_PIXELS."""
+    """Raise ReadError above MOST_PIXELS, and for a strip whose short side cannot be resized to that of a crop."""
     if width * height > MOST_PIXELS:
         raise ReadError(file.name, f"its header declares {width}x{height}, more than {MOST_PIXELS >> 20} megapixels")
+    if max(width, height) > _LONGEST * min(width, height):
+        raise ReadError(file.name, f"its sides, {width}x{height}, are more than {_LONGEST} to 1")
 
 
 def _image(file: File) -> dict[str, Any]:
@@ -278,7 +276,6 @@ def _decode(file: File, seek: tuple[int, int] | None, most: float = math.inf) ->
 
     end, frame = 0, None
     container, stream = open_video(file)
-    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # for frames that turn out larger than the header
     with container, contextlib.closing(frames_from(file, container, stream, seek)) as frames:
         for number, frame in frames:
             if frame.is_corrupt:  # training refuses it too

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bevt.data import DataError
 from bevt.data.cut import cut, places
-from bevt.data.files import File, ReadError
+from bevt.data.files import MOST_PIXELS, File, ReadError
 from bevt.data.sampling import Request
 
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -110,8 +110,9 @@ def open_video(file: File, **options: str) -> tuple[Any, Any]:
         raise ReadError(file.name, "its codec is unknown to the installed FFmpeg")
     stream.thread_type = "NONE"
     stream.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # frames can turn out larger than the header says
     if stream.codec_context.name == "mjpeg":  # else half-grey frames pass for sound ones: 93 of 145 damaged files
-        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}
     return container, stream
 
 
@@ -251,5 +252,5 @@ def _by_time(
 
 @cache
 def one_thread() -> dict[str, int]:
-    """What keeps a conversion on one core: PyAV 17 and later take every core otherwise, earlier ones know no such word."""
+    """What keeps a conversion on one core: PyAV 17 and later would take all, earlier ones know no such word."""
     return {"threads": 1} if int(library().__version__.split(".")[0]) >= 17 else {}

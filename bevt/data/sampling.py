@@ -68,6 +68,8 @@ class Request:
     """`Entry.timing`."""
     turns: int = 0
     """`Entry.turns`."""
+    picture: tuple[int, int] = (0, 0)
+    """(height, width) of the upright picture, as the manifest has it; (0, 0): not known."""
 
     @property
     def path(self) -> str:
@@ -207,6 +209,7 @@ class Sampler:
             seeks=_seeks(entry, frames),
             timing=entry.timing,
             turns=entry.turns,
+            picture=(entry.height, entry.width),
         )
 
     def _frames(self, entry: Entry, u: np.ndarray | None, share: float) -> tuple[int, ...]:

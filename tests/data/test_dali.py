@@ -170,6 +170,13 @@ def test_a_frame_past_the_end(pipelines: dali.Pipelines, vp9: Path) -> None:
         both(pipelines, request)
 
 
+def test_pictures_of_another_size_than_indexed(pipelines: dali.Pipelines, vp9: Path) -> None:
+    """A container that lies about its frames' size makes DALI shift rows: an error, not a picture."""
+    request = whole(min(vp9.glob("*.webm")), shapes.HEIGHT, shapes.WIDTH, picture=(shapes.HEIGHT, 64))
+    with pytest.raises(ReadError, match=r"DALI cannot decode it \(128x112 pixels, where its manifest says 64x112\)"):
+        both(pipelines, request)
+
+
 def test_what_it_cannot_decode_is_refused(config: Config, dataset: shapes.ShapesPaths) -> None:
     """H.264 without a GPU: which codec, what DALI could, and who can."""
     if torch.cuda.is_available():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevt.data import probe
+from bevt.data import probe, pyav
 from bevt.data.entry import Entry, Kind
 from bevt.data.manifest import index
 
@@ -215,7 +215,7 @@ def test_videos_that_declare_a_huge_size(tmp_path: Path, monkeypatch: pytest.Mon
         return index(str(tmp_path), "clips", workers=1).entries[0].error
 
     assert error() is None
-    monkeypatch.setattr(probe, "MOST_PIXELS", 64 * 48)
+    monkeypatch.setattr(pyav, "MOST_PIXELS", 64 * 48)
     assert str(error()).startswith("frame 2 cannot be decoded")
     monkeypatch.setattr(probe, "MOST_PIXELS", 64 * 48 - 1)
     assert str(error()).startswith("its header declares 64x48, more than")
@@ -270,3 +270,11 @@ def test_a_file_that_kills_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {entry.path: entry.error for entry in entries if entry.error} == dict.fromkeys(
         ("deadly03.mp4", "deadly30.mp4"), "the process that probed it died: the decoder crashed, or memory ran out"
     )
+
+
+def test_a_strip_is_refused(tmp_path: Path) -> None:
+    """Its short side at 256 pixels would make the long one endless; 100 to 1 is still taken."""
+    Image.new("RGB", (100, 1)).save(tmp_path / "a.png")
+    Image.new("RGB", (1, 101)).save(tmp_path / "b.png")
+    errors = [entry.error for entry in index(str(tmp_path), "images", workers=1).entries]
+    assert errors == [None, "its sides, 1x101, are more than 100 to 1"]

@@ -6,6 +6,7 @@ traceback; a traceback is a defect of this program.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -405,6 +406,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch loads its OpenMP: threads spin shortly at a barrier, then sleep. Beside one busy process on two cores
     # a step of the demo took 2.5 s so, 18 s with the default; alone 5 % longer. Decoding processes are such neighbours.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(arguments)

@@ -141,7 +141,7 @@ class DataConfig:
     """Micro-batches that each worker (`dali`: the pipeline) keeps ready."""
     worker_death: Literal["restart", "stop"] = "restart"
     """A decoding process that dies (killed, out of memory) is named; then `restart` decodes what it had begun anew,
-    unless the same micro-batch kills it again, and `stop` ends the run with a checkpoint."""
+    unless the same micro-batch kills another, and `stop` ends the run (one of one process with a checkpoint)."""
 
 
 @dataclass(frozen=True)

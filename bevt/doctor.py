@@ -77,7 +77,7 @@ def _codecs() -> tuple[str, str]:
     wanted = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
     lines = [f"PyAV {av.__version__}: {', '.join(codec for codec in wanted if _decodes(av.codec.Codec, codec))}"]
     try:
-        where = "gpu" if torch.cuda.is_available() else "cpu"
+        where = "GPUs" if torch.cuda.is_available() else "CPUs"
         lines.append(f"DALI {dali.library().__version__}: {', '.join(dali.CODECS[where])}")
     except DataError as error:
         lines.append(str(error))

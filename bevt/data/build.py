@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
 from bevt.data.decoding import Backend, Masks, Plan, Processes
 from bevt.data.files import ReadError
-from bevt.data.manifest import MOST_NAMED, Manifest, open_source
+from bevt.data.manifest import Manifest, open_source, probe_source
 from bevt.data.sampling import NEVER_REPLACED, STREAMS, Request, Sampler, Stream
 
 MOST_SUBSTITUTES = 10
@@ -32,6 +32,12 @@ MOST_SUBSTITUTES = 10
 
 BACKENDS = ("dali", "torchcodec", "pyav")
 """Decoders by name."""
+
+CANDIDATES = ("dali", "pyav")
+"""Those that `auto` chooses from: what has been compared with each other on real files."""
+
+MOST_LISTED = 500
+"""Unreadable held-out files that an error lists."""
 
 TRIAL_SECONDS = 3.0
 """How long `choose_backend` times each candidate, from its second micro-batch on."""
@@ -42,14 +48,17 @@ FRAMES_PER_CLIP = 4
 _log = logging.getLogger("bevt.data")
 
 
-def build_loader(config: Config, *, rank: int = 0, world_size: int = 1, prefer: str = "") -> StepLoader:
+def build_loader(
+    config: Config, *, rank: int = 0, world_size: int = 1, prefer: str = "", kept: bool = False
+) -> StepLoader:
     """The training data of one device, from step 0 on (`load_state_dict` continues elsewhere).
 
     A file that turns out unreadable is logged and listed in `Batch.bad`; those that the index knows already are in
-    `unreadable`. `prefer` as in `choose_backend`. Raises ConfigError where the batch sizes do not divide, the backend
-    cannot serve or a mask does not fit the crop, DataError where a source holds nothing that can be read.
+    `unreadable`. `prefer` as in `choose_backend`, `kept` as in `probe_source`. Raises ConfigError where the batch sizes
+    do not divide, the backend cannot serve or a mask does not fit the crop, DataError where a source holds nothing that
+    can be read.
     """
-    return StepLoader(config, rank, world_size, prefer)
+    return StepLoader(config, rank, world_size, prefer, kept)
 
 
 class Choice(NamedTuple):
@@ -82,26 +91,39 @@ def refusal(name: str, manifests: Iterable[Manifest]) -> str:
     return ""
 
 
-def choose_backend(config: Config, samplers: dict[Stream, Sampler], prefer: str = "") -> Choice:
+def choose_backend(
+    config: Config, samplers: dict[Stream, Sampler], prefer: str = "", others: Iterable[Manifest] = ()
+) -> Choice:
     """The backend that `data.backend` names; for `auto` the fastest of those that can read these files.
 
     `auto` lets each of them decode the first samples of an epoch for TRIAL_SECONDS, with the run's own workers and
     micro-batches; where only one can serve, or `prefer` (what a resumed run began with) still can, none is timed.
-    Raises ConfigError where a named one cannot serve, with what can, DataError where none can.
+    The calling process times alone: where several share the cores, PyAV comes out faster than it will be. `others` are
+    to be read too, and not timed. Raises ConfigError where a named one cannot serve, with what can, DataError where
+    none can.
     """
-    manifests = [sampler.manifest for sampler in samplers.values()]
-    refusals = {name: refusal(name, manifests) for name in BACKENDS}
-    able = [name for name in BACKENDS if not refusals[name]]
+    manifests = [*(sampler.manifest for sampler in samplers.values()), *others]
     wanted = config.data.backend
+    refusals = {name: refusal(name, manifests) for name in (CANDIDATES if wanted == "auto" else BACKENDS)}
+    able = [name for name in refusals if not refusals[name]]
     if wanted != "auto":
         if wanted not in BACKENDS:
             raise ConfigError(
                 f"data.backend {wanted!r} does not exist; known: 'auto', {', '.join(map(repr, sorted(BACKENDS)))}"
             )
         if wanted not in able:
-            others = f"{', '.join(able)} can" if able else "nor can any other"
-            raise ConfigError(f"data.backend {wanted!r} cannot read this data: {refusals[wanted]}; {others}")
+            rest = f"{', '.join(able)} can" if able else "nor can any other"
+            raise ConfigError(f"data.backend {wanted!r} cannot read this data: {refusals[wanted]}; {rest}")
         return Choice(wanted, "as configured")
+    rates = {}
+    for name in able if len(able) > 1 and prefer not in able else ():
+        try:
+            rates[name] = _trial(config, samplers, make_backend(name, config.data))
+        except DataError as error:
+            refusals[name] = str(error)
+    if rates:
+        refusals |= {name: "it decoded none of the first samples" for name, rate in rates.items() if not rate}
+    able = [name for name in able if not refusals[name]]
     unable = "".join(f"; not {name}: {reason}" for name, reason in refusals.items() if reason)
     if not able:
         raise DataError(f"nothing here can decode this data{unable}")
@@ -109,8 +131,7 @@ def choose_backend(config: Config, samplers: dict[Stream, Sampler], prefer: str 
         return Choice(prefer, "as the run began")
     if len(able) == 1:
         return Choice(able[0], f"the only one that can read this data here{unable}")
-    rates = {name: _trial(config, samplers, make_backend(name, config.data)) for name in able}
-    best = max(rates, key=lambda name: rates[name])
+    best = max(able, key=lambda name: rates[name])
     listed = ", ".join(f"{name} {rate:.1f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
     return Choice(best, f"fastest on this data, samples a second: {listed}{unable}")
 
@@ -153,15 +174,22 @@ class StepLoader:
     """Micro-batches in one optimizer step."""
     steps_per_epoch: float
 
-    def __init__(self, config: Config, rank: int, world_size: int, prefer: str) -> None:
+    def __init__(self, config: Config, rank: int, world_size: int, prefer: str, kept: bool) -> None:
         self._config, self._rank, self._world_size = config, rank, world_size
         self.accumulation = _accumulation(config, world_size)
-        self.num_workers = config.data.workers
         self._masked: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
         Masks(config, self._masked)  # raises here, not when the first batch is asked for
-        self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=rank > 0)
-        self.choice = choose_backend(config, self._samplers, prefer)
+        self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept)
+        held_out = [
+            probe_source(source, stream, kept=True)
+            for stream in self._masked
+            if (source := getattr(config.data, f"val_{stream}")) and getattr(config.train, f"eval_{stream}")
+        ]
+        self.choice = choose_backend(config, self._samplers, prefer, held_out)
         self.backend = self.choice.name
+        settled = dataclasses.replace(config.data, backend=cast(Any, self.choice.name))
+        self.config = dataclasses.replace(config, data=settled)
+        """The run's, with the backend that was chosen."""
         self._named: set[str] = set()
         self.clips, self.images = (len(self._samplers.get(stream, ())) for stream in STREAMS)
         """Files of each stream."""
@@ -228,7 +256,7 @@ class StepLoader:
         return {stream: len(sampler) * self._config.data.views for stream, sampler in self._samplers.items()}
 
     def fingerprint(self, stream: Stream) -> str:
-        """16 hex digits of all that decides the pixels of a stream's fixed views: files, cut, decoder."""
+        """16 hex digits of what decides a stream's fixed views: the files' names and sizes, the cut, the decoder."""
         data = self._config.data
         keys = ["crop", "short_side", "flip", "views"]
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
@@ -276,7 +304,7 @@ def check_held_out(manifest: Manifest, backend: str) -> None:
     """
     if backend != "auto" and (reason := refusal(backend, [manifest])):
         raise DataError(f"data.backend {backend!r} cannot read the held-out data in {manifest.root}: {reason}")
-    bad = [manifest.entries[number] for number in manifest.unreadable[: MOST_NAMED + 1].tolist()]
+    bad = [manifest.entries[number] for number in manifest.unreadable[:MOST_LISTED].tolist()]
     if bad:
         named = [(manifest.locate(entry), entry.error or "") for entry in bad]
         raise DataError(_refused(named, len(manifest.unreadable), len(manifest.entries)))
@@ -284,8 +312,8 @@ def check_held_out(manifest: Manifest, backend: str) -> None:
 
 def _refused(bad: list[tuple[str, str]], count: int, total: int) -> str:
     """The message for held-out files that cannot be read: the first of them, (path, reason) each."""
-    listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_NAMED])
-    more = f"\n  ... and {count - MOST_NAMED} more (`bevt data check` lists them)" if count > MOST_NAMED else ""
+    listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_LISTED])
+    more = f"\n  ... and {count - MOST_LISTED} more" if count > MOST_LISTED else ""
     return f"{count} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"
 
 

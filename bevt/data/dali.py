@@ -6,13 +6,16 @@ the pixels of resizing everything and cropping). The batch reaches PyTorch throu
 Colour jitter and the tokenizer's second resize follow there, in `bevt.data.augment`, for every backend alike: DALI's
 Lanczos antialiases, and the tokenizer was made for a resize that does not.
 
-Requests come from the same sampler as everybody's; a thread pool reads the files ahead. DALI drops a whole pipeline
-where one sample cannot be decoded, so that micro-batch is then decoded file by file, to name the bad one, and a new
-pipeline goes on behind it.
+Requests come from the same sampler as everybody's; a thread pool reads whole files, of `data.prefetch` micro-batches
+ahead of those that are being decoded: that much memory they take. DALI drops a whole pipeline where one sample cannot
+be decoded, so that micro-batch is then decoded file by file, and a new pipeline goes on behind it. What DALI cannot
+decode PyAV does, or says why nobody can: which samples a step holds does not depend on the decoder.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,34 +28,38 @@ import torch
 from torch import Tensor
 
 from bevt.config import DataConfig
-from bevt.data import DataError
-from bevt.data.decoding import Decoded, Masks, Plan, remembering, shape
+from bevt.data import DataError, pyav
+from bevt.data.decoding import Begun, Decoded, Masks, Plan, shape
 from bevt.data.files import ReadError
 from bevt.data.manifest import Manifest
 from bevt.data.sampling import STREAMS, Request, Stream
 
 CODECS = {
-    "cpu": ("vp8", "vp9", "mjpeg"),
-    "gpu": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
+    "CPUs": ("vp8", "vp9", "mjpeg"),
+    "GPUs": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
 }
 """What `decoders.video` of DALI 2.4 decodes, by where it runs (its own documentation; H.264 on CPUs ended with 2.1)."""
 
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+"""What `decoders.image` decodes, by Pillow's names."""
+
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")
 """8-bit 4:2:0, which every one of these decoders takes."""
+
+_log = logging.getLogger("bevt.data")
 
 
 def refusal(manifest: Manifest, device_id: int | None) -> str:
     """Why DALI cannot serve these files on that device (None: the CPU); empty where it can."""
     if manifest.kind == "images":
-        return ""
-    where = "cpu" if device_id is None else "gpu"
+        strange = [name for name, _ in manifest.formats if name not in IMAGE_FORMATS]
+        return f"DALI decodes {', '.join(IMAGE_FORMATS)}, not {strange[0]}" if strange else ""
+    where = "CPUs" if device_id is None else "GPUs"
     for codec, pixels in manifest.formats:
         if codec not in CODECS[where]:
-            others = "on a GPU it decodes" if device_id is None and codec in CODECS["gpu"] else "it decodes"
-            return (
-                f"DALI does not decode {codec} on {'CPUs' if device_id is None else 'GPUs'} ("
-                f"{others} {', '.join(CODECS['gpu' if others.startswith('on') else where])})"
-            )
+            elsewhere = "on a GPU it decodes" if codec in CODECS["GPUs"] else "it decodes"
+            names = CODECS["GPUs" if codec in CODECS["GPUs"] else where]
+            return f"DALI does not decode {codec} on {where} ({elsewhere} {', '.join(names)})"
         if pixels not in PIXEL_FORMATS:
             return f"DALI's video decoders take 8-bit 4:2:0 ({', '.join(PIXEL_FORMATS)}), not {codec} in {pixels}"
     return ""
@@ -78,35 +85,39 @@ class Pipelines:
     def __init__(self, data: DataConfig, device_id: int | None) -> None:
         self._data, self._device_id = data, device_id
         self._device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
+        self._told: set[str] = set()
         library()
 
     def read(self, requests: Sequence[Request], into: Sequence[Tensor]) -> None:
-        """Decode requests of one file. Raises ReadError."""
+        """Decode requests of one file; by PyAV, which the log then says, where DALI cannot. Raises ReadError."""
         for request, out in zip(requests, into, strict=True):
             sample = load(request)
             pipeline = self.pipeline(request.stream, iter([[sample]]), 1, request.size)
             try:
                 out.copy_(self._run(pipeline, [sample])[0])
             except _Broken as broken:
-                raise ReadError(request.path, broken.reason) from broken
+                host = torch.zeros(out.shape, dtype=torch.uint8)
+                pyav.read([request], [host])
+                out.copy_(host)
+                if request.path not in self._told:
+                    self._told.add(request.path)
+                    _log.warning("%s: %s; PyAV decodes it in its place", request.path, broken.reason)
 
     def decode(self, plans: Iterable[Plan], masks: Masks) -> Generator[tuple[Plan, Decoded], None, None]:
         """As `Backend.decode`; `data.prefetch` plans are being decoded ahead, as many more being read."""
-        rest = iter(plans)
-        begun: deque[Plan] = deque()
+        begun = Begun(plans)
         while True:
-            running = self._decode(remembering(begun, rest), masks)
+            running = self._decode(begun.hand_out(), masks)
             try:
                 for decoded in running:
-                    yield begun.popleft(), decoded
+                    yield begun.finish(), decoded
                 return
             except _Broken:
-                plan = begun.popleft()
+                plan = begun.finish()
             finally:
                 running.close()
             yield plan, self._one_by_one(plan, masks)
-            rest = chain(list(begun), rest)
-            begun.clear()
+            begun.start_over()
 
     def _decode(self, plans: Iterable[Plan], masks: Masks) -> Generator[Decoded, None, None]:
         """The plans through a pipeline a stream. Raises _Broken where one of them has ended."""
@@ -175,16 +186,25 @@ class Pipelines:
             device_id=self._device_id,
             prefetch_queue_depth=self._data.prefetch,
         )
-        pipeline.build()
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise DataError(f"DALI cannot be used here ({_reason(error)}); choose another data.backend") from error
         return pipeline
 
     def _run(self, pipeline: Any, samples: list[_Sample]) -> Tensor:
         """(samples, ..., size, size, 3) uint8, upright: the pipeline's next batch. Raises _Broken."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
-            batch, shapes = pipeline.run(cuda_stream=stream) if stream else pipeline.run()
+            batch, shapes = pipeline.run(stream)
         except RuntimeError as error:
-            raise _Broken(str(error)) from error
+            # Of the decoder, about a file; memory and drivers fail in it too, which is nothing about a file.
+            if ".decoders." in str(error) and not re.search(r"(?i)out of memory|bad_alloc|driver", str(error)):
+                raise _Broken(_reason(error)) from error
+            raise DataError(
+                f"DALI failed ({_reason(error)}): lower data.prefetch or train.micro_* where memory is short, "
+                "or choose another data.backend"
+            ) from error
         for row, sample in enumerate(samples):
             height, width = np.asarray(shapes.at(row))[-3:-1].tolist()
             if sample.picture not in ((0, 0), (height, width)):
@@ -199,13 +219,18 @@ class Pipelines:
 
 
 class _Broken(Exception):
-    """A pipeline that has ended with an error."""
+    """A pipeline that has ended with an error about a file."""
 
     @property
     def reason(self) -> str:
-        """What DALI says in the middle of its report."""
-        text = str(self).partition("encountered:")[2].partition("C++ context")[0] or str(self)
-        return f"DALI cannot decode it ({' '.join(text.split())})"
+        """One short sentence."""
+        return f"DALI cannot decode it ({self})"
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI says in the middle of its report."""
+    text = str(error).partition("encountered:")[2].partition("C++ context")[0] or str(error)
+    return " ".join(text.split())
 
 
 class _Sample(NamedTuple):

@@ -109,7 +109,9 @@ class Processes:
         """Decode one file in this process. Raises ReadError; DataError where memory does not suffice."""
         try:
             READERS[self.name](requests, into)
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # as torch says it
+                raise
             raise DataError(
                 f"{requests[0].path}: not enough memory to decode it; lower data.workers or data.prefetch, or remove "
                 "the file if its pictures are huge"
@@ -119,29 +121,29 @@ class Processes:
         """As `Backend.decode`, by `data.workers` processes.
 
         A process that dies is named. Then, by `data.worker_death`, DataError is raised, or what had been begun is
-        decoded anew, one micro-batch at a time: what kills that process too is named by a DataError. Raises
+        decoded anew, one micro-batch at a time; one at whose turn processes die twice in a row is a DataError. Raises
         RuntimeError with the worker's traceback where one meets a defect of this program.
         """
-        rest = iter(plans)
-        again: list[Plan] = []
+        begun = Begun(plans)
+        suspect: Plan | None = None
         while True:
-            begun: deque[Plan] = deque()
-            """Handed to the workers and not yet received, oldest first."""
+            carefully = bool(begun.again)
             try:
-                for decoded in self._processes(remembering(begun, again or rest), masks, carefully=bool(again)):
-                    yield begun.popleft(), decoded
-                if not again:
+                for decoded in self._processes(begun.hand_out(only_again=carefully), masks, carefully):
+                    yield begun.finish(), decoded
+                if not carefully:
                     return
-                again = []
             except _Died as died:
+                plan = begun.oldest()
                 what = (
-                    f"{died}: killed from outside, out of memory (lower data.workers or data.prefetch), or a file that "
-                    f"crashes the decoder (`bevt data check`). It was the turn of {begun[0]}"
+                    f"{died}: killed from outside, out of memory (lower data.workers or data.prefetch), out of shared "
+                    "memory (a container's --shm-size), or a file that crashes the decoder (`bevt data check`). "
+                    f"It was the turn of {plan}"
                 )
-                if self._data.worker_death == "stop" or again:
-                    raise DataError(f"{what}, at which another had died" if again else what) from died
-                _log.warning("%s; %d micro-batches that were begun are decoded anew", what, len(begun))
-                again = list(begun)
+                if self._data.worker_death == "stop" or plan is suspect:
+                    raise DataError(f"{what}, at which another had died" if plan is suspect else what) from died
+                suspect = plan
+                _log.warning("%s; %d micro-batches that were begun are decoded anew", what, begun.start_over())
 
     def _processes(self, plans: Iterable[Plan], masks: Masks, carefully: bool) -> Generator[Decoded, None, None]:
         """What the workers make of the plans, in order; `carefully`: one worker, one plan ahead. Raises _Died."""
@@ -253,11 +255,39 @@ def shape(requests: Sequence[Request]) -> tuple[int, ...]:
     return (len(requests), *frames, first.size, first.size, 3)
 
 
-def remembering(begun: deque[Plan], plans: Iterable[Plan]) -> Iterator[Plan]:
-    """The plans, each noted in `begun` before it is handed out."""
-    for plan in plans:
-        begun.append(plan)
-        yield plan
+class Begun:
+    """Plans on their way through something that may fail: what it has begun can be handed out again."""
+
+    def __init__(self, plans: Iterable[Plan]) -> None:
+        self._rest = iter(plans)
+        self._out: deque[Plan] = deque()  # handed out and not finished, oldest first
+        self.again: deque[Plan] = deque()
+        """To be handed out again, before all others."""
+
+    def hand_out(self, only_again: bool = False) -> Iterator[Plan]:
+        """The plans in order; `only_again`: no others than `again`."""
+        while True:
+            if self.again:
+                plan = self.again.popleft()
+            elif only_again or (plan := next(self._rest, None)) is None:  # type: ignore[assignment]
+                return
+            self._out.append(plan)
+            yield plan
+
+    def oldest(self) -> Plan:
+        """The first that is not finished."""
+        return self._out[0]
+
+    def finish(self) -> Plan:
+        """The oldest, which is done."""
+        return self._out.popleft()
+
+    def start_over(self) -> int:
+        """Hand out again what was begun; how many plans that is."""
+        count = len(self._out)
+        self.again.extendleft(reversed(self._out))
+        self._out.clear()
+        return count
 
 
 def _epitaph(helpers: list[BaseProcess]) -> str:

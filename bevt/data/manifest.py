@@ -8,6 +8,7 @@ probed again; where nothing has changed, indexing a folder again lists it and do
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ import numpy as np
 from bevt.data import DataError
 from bevt.data.entry import EXTENSIONS, Entry, Kind, dump, located, parse
 from bevt.data.files import File
-from bevt.data.probe import probe_all
+from bevt.data.probe import passing, probe_all
 from bevt.data.processes import cores
 from bevt.data.sources import Found, find, members
 
@@ -180,7 +181,9 @@ class Manifest:
             return cls(header["kind"], root, _Lines(path, header), header["listing"], header["shards"])
         except OSError as error:
             raise DataError(f"cannot read the manifest {path} ({error.strerror})") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a manifest written by `bevt data index`") from error
 
 
@@ -238,10 +241,11 @@ def index(
     root, found = find(path, kind)
     listing = _digest(f"{tuple(item)!r}\n" for item in found)
     old = _kept(Path(cache), kind) if cache else None
-    if old is not None and (old.listing, old.root) == (listing, str(root)):
+    same = old is not None and (old.listing, old.root) == (listing, str(root))
+    if old is not None and same and not any(passing(old.entries[number]) for number in old.unreadable.tolist()):
         return old
 
-    partial = Path(f"{cache}.partial") if cache else None
+    partial = Path(f"{cache}.partial{VERSION}") if cache else None
     entries, todo, shards = _compare(root, kind, found, old, partial)
     if not entries and not todo:
         raise DataError(f"no {kind} in {path}: looked for {' '.join(EXTENSIONS[kind])}, in its tar archives too")
@@ -249,6 +253,8 @@ def index(
     if todo:
         log = open(partial, "ab") if partial else None  # noqa: SIM115
         try:
+            if log and log.tell():
+                log.write(b"\n")  # what a killed run has torn ends here
             for entry in probe_all(str(root), kind, todo, workers or cores()):
                 entries.append(entry)
                 if log:
@@ -317,9 +323,9 @@ def _compare(
     for entry in old.entries if old is not None else ():
         known[entry.path, entry.start, entry.end] = entry
         by_shard[entry.shard or entry.path].append(entry)
-    if partial and partial.exists():  # what an interrupted run has probed; its last line may be torn
-        for line in partial.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"}\n"):
+    if partial and partial.exists():  # what an interrupted run has probed; a line may be torn
+        for line in partial.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError):
                 entry = parse(line)
                 known[entry.path, entry.start, entry.end] = entry
 
@@ -337,7 +343,11 @@ def _compare(
             before = known.get((new.path, new.start, new.end))
             if new.error:
                 entries.append(new)
-            elif before and (before.bytes, before.mtime_ns, before.offset) == (new.bytes, new.mtime_ns, new.offset):
+            elif (
+                before
+                and not passing(before)
+                and (before.bytes, before.mtime_ns, before.offset) == (new.bytes, new.mtime_ns, new.offset)
+            ):
                 entries.append(before if before.label == new.label else replace(before, label=new.label))
             else:
                 todo.append(new)

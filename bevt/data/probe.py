@@ -24,6 +24,7 @@ from bevt.data.sources import CUT
 MOST_FRAMES = 1_000_000
 """Packets of a video, 9 hours at 30 a second, above which it is refused: a header can declare billions."""
 
+_NO_MEMORY = "not enough memory to decode it"
 _DIED = "the process that probed it died: the decoder crashed, or memory ran out"
 
 _LONGEST = 100
@@ -44,17 +45,23 @@ def probe(root: str, kind: Kind, entry: Entry) -> Entry:
     except ReadError as error:
         return replace(entry, error=error.reason)
     except MemoryError:
-        return replace(entry, error="not enough memory to decode it")
+        return replace(entry, error=_NO_MEMORY)
     if entry.start >= facts["frames"] or entry.end > facts["frames"]:
         end = entry.end or "the end"
         return replace(entry, error=f"its list says frames {entry.start} to {end}, but it has {facts['frames']}")
     return replace(entry, **facts)
 
 
+def passing(entry: Entry) -> bool:
+    """Whether its error is of the machine, not of the file: worth another look."""
+    return entry.error is not None and entry.error.startswith(("cannot be opened", _NO_MEMORY, _DIED))
+
+
 def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iterator[Entry]:
     """Probed entries, in any order. A file on which its process dies gets an error; the others are not affected.
 
-    Raises DataError where no process can be started, or PyAV is missing.
+    Fewer than 8 files, or all where there is one worker, are probed in this process, without that
+    protection. Raises DataError where no process can be started, or PyAV is missing.
     """
     if workers == 1 or len(entries) < 8:  # starting processes costs more than a few files
         yield from (probe(root, kind, entry) for entry in entries)
@@ -277,9 +284,7 @@ def _decode(file: File, seek: tuple[int, int] | None, most: float = math.inf) ->
     end, frame = 0, None
     container, stream = open_video(file)
     with container, contextlib.closing(frames_from(file, container, stream, seek)) as frames:
-        for number, frame in frames:
-            if frame.is_corrupt:  # training refuses it too
-                raise ReadError(file.name, f"frame {number} is damaged")
+        for number, frame in frames:  # noqa: B007
             end = number + 1
             if end >= most:
                 break

@@ -32,6 +32,14 @@ _ACCURATE = 0x2 | 0x40000
 """swscale's SWS_BILINEAR | SWS_ACCURATE_RND on the way to planar RGB: bit for bit what DALI's CPU decoder gives for VP8
 and VP9, and no slower than its quick path to `rgb24`, which is 1.1 levels darker on average."""
 
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow's other formats are rare, and one of them (EPS) starts a program."""
+
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,asf,flv,ogg,mxf,nut,ivf,h264,hevc,dv,rm,gif"
+)
+"""FFmpeg's demuxers that hold frames themselves: playlists and scripts name other files."""
+
 
 def read(requests: Sequence[Request], into: Sequence[Tensor]) -> None:
     """Decode one file once and cut every request's pixels from it: uint8 RGB into `into`, one tensor a request.
@@ -95,7 +103,8 @@ def open_video(file: File, **options: str) -> tuple[Any, Any]:
         url, protocols = file.path, "file"
         if file.size:
             url, protocols = f"subfile,,start,{file.offset},end,{file.offset + file.size},,:{url}", "subfile,file"
-        container = av.open(url, metadata_errors="ignore", options={"protocol_whitelist": protocols, **options})
+        local = {"protocol_whitelist": protocols, "format_whitelist": _CONTAINERS}
+        container = av.open(url, metadata_errors="ignore", options={**local, **options})
     except av.error.InvalidDataError as error:
         cut = "cut off: the index of the MP4 (its moov atom) is missing"
         raise ReadError(file.name, cut if start[4:] == b"ftyp" else "not a video that FFmpeg recognises") from error
@@ -163,8 +172,9 @@ def turns(frame: Any) -> int:
 
 def open_image(file: File) -> Image.Image:
     """The image, its pixels not yet decoded. Raises ReadError."""
+    source = io.BytesIO(file.read()) if file.size else file.path
     try:
-        return Image.open(io.BytesIO(file.read()) if file.size else file.path)
+        return Image.open(source, formats=_IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         file.read(1)  # says so where it is empty
         raise ReadError(file.name, "not an image that Pillow recognises") from error

@@ -153,7 +153,7 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte each, not needed again
-                    if member.offset_data <= seen or member.offset_data + member.size > size:
+                    if member.size < 0 or member.offset_data <= seen or member.offset_data + member.size > size:
                         raise _Unusable(f"{CUT} or damaged at {member.name}")
                     seen = member.offset_data
                     folder, name = os.path.split(member.name.removeprefix("./"))

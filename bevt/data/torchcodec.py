@@ -49,6 +49,8 @@ def pictures(request: Request, wanted: list[int]) -> Iterator[tuple[int, np.ndar
         if missing:
             raise ReadError(file.name, f"ends before frame {missing[0]}, which the manifest promises; index it again")
         frames = decoder.get_frames_at(wanted).data  # (N, H, W, 3)
+    except ReadError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:  # of its C++ part, which has no types
         raise ReadError(file.name, f"torchcodec cannot decode it ({str(error).partition(chr(10))[0]})") from error
     yield from zip(wanted, frames.numpy(), strict=True)

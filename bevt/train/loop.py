@@ -191,19 +191,19 @@ def _train(
     loader.close()
     evaluation: dict[str, float] = {}
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
-        evaluation = _finish(config, out, model, tokenizer, world.device, step, writer)
+        evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
     assert last is not None
     return RunResult(step, steps, last, evaluation)
 
 
 def _build_loader(config: Config, world: World, prefer: str) -> StepLoader:
     """The data of this process, decoded by what the first one settles on; `prefer`: what the run began with."""
-    loader = build_loader(config, prefer=prefer, world_size=world.size) if world.main else None
+    loader = build_loader(config, prefer=prefer, world_size=world.size, kept=True) if world.main else None
     name = world.broadcast(loader.backend if loader else "")
     if loader:
         return loader
     settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
-    return build_loader(settled, rank=world.rank, world_size=world.size)
+    return build_loader(settled, rank=world.rank, world_size=world.size, kept=True)
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,11 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a kill is left out."""
+    """The rows of a file of JSON lines; a line cut off by a kill is left out."""
     rows = []
     for line in path.read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 
@@ -88,8 +86,10 @@ class BadFiles:
                 self._listed.add((entry.stream, entry.path))
                 lines.append(json.dumps(asdict(entry)) + "\n")
         if lines:
-            with self._path.open("a") as file:
-                file.write("".join(lines))
+            with self._path.open("a+b") as file:
+                if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                    file.write(b"\n")  # ends what a kill has torn
+                file.write("".join(lines).encode())
 
 
 class RunError(UserError):

@@ -50,7 +50,7 @@ def assert_sane(row: bench.Row) -> None:
 def shown(report: bench.Report) -> str:
     """What a person reads, each run of spaces as one."""
     out = io.StringIO()
-    Console(file=out, width=80).print(report)
+    Console(file=out, width=300).print(report)
     return " ".join(out.getvalue().split())
 
 

@@ -32,7 +32,7 @@ def samplers(config: Config, dataset: shapes.ShapesPaths) -> dict[Stream, Sample
 class Slow(Processes):
     """A backend that waits before every micro-batch."""
 
-    seconds: ClassVar = {"dali": 0.04, "torchcodec": 0.01, "pyav": 0.02}
+    seconds: ClassVar = {"dali": 0.02, "pyav": 0.01}
 
     def decode(self, plans: Iterable[Plan], masks: Masks) -> Generator[tuple[Plan, Decoded], None, None]:
         """As fast as `seconds` says."""
@@ -49,10 +49,10 @@ def test_auto_takes_the_fastest(
     monkeypatch.setattr(build, "make_backend", Slow)
     monkeypatch.setattr(build, "TRIAL_SECONDS", 0.4)
     choice = choose_backend(with_data(config, backend="auto"), samplers)
-    assert choice.name == "torchcodec"
+    assert choice.name == "pyav"
     order = [word for word in choice.why.replace(",", " ").split() if word in Slow.seconds]
-    assert choice.why.startswith("fastest on this data, samples a second: torchcodec ")
-    assert order == ["torchcodec", "pyav", "dali"]
+    assert choice.why.startswith("fastest on this data, samples a second: pyav ")
+    assert order == ["pyav", "dali"]
 
 
 def test_auto_times_nothing_where_only_one_can(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,6 @@ def test_auto_times_nothing_where_only_one_can(config: Config, monkeypatch: pyte
     assert loader.choice.name == "pyav"
     assert loader.choice.why.startswith("the only one that can read this data here; not dali: DALI does not import")
     assert "pip install 'bevt[dali]'" in loader.choice.why
-    assert "; not torchcodec: torchcodec does not import" in loader.choice.why
 
 
 def test_auto_on_real_files(config: Config, dataset: shapes.ShapesPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +84,7 @@ def test_nothing_can(config: Config, samplers: dict[Stream, Sampler], monkeypatc
     """Every reason is named."""
     monkeypatch.setattr(build, "refusal", lambda name, manifests: f"{name} is broken")
     with pytest.raises(
-        DataError, match="nothing here can decode this data; not dali: dali is broken; not torchcodec: "
+        DataError, match="nothing here can decode this data; not dali: dali is broken; not pyav: pyav is broken"
     ):
         choose_backend(with_data(config, backend="auto"), samplers)
     with pytest.raises(ConfigError, match="'pyav' cannot read this data: pyav is broken; nor can any other"):

@@ -71,7 +71,7 @@ def test_interrupted_indexing_is_resumed(clips: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(probe, "probe", crash)
     with pytest.raises(KeyboardInterrupt):
         index(str(clips), "clips", cache=cache)
-    with open(f"{cache}.partial", "a") as file:
+    with open(f"{cache}.partial2", "a") as file:
         file.write('{"path": "00')
 
     def only_the_rest(root: str, kind: Kind, entry: Entry) -> Entry:
@@ -80,7 +80,7 @@ def test_interrupted_indexing_is_resumed(clips: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(probe, "probe", only_the_rest)
     assert [entry.error for entry in index(str(clips), "clips", cache=cache).entries] == [None, None]
-    assert not Path(f"{cache}.partial").exists()
+    assert not Path(f"{cache}.partial2").exists()
 
 
 def test_unwritable_folder_uses_the_user_cache(

@@ -22,6 +22,7 @@ from torch import Tensor
 from bevt.config import Config, ConfigError, DataConfig
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
+from bevt.data.check import changed
 from bevt.data.decoding import Backend, Masks, Plan, Processes
 from bevt.data.files import ReadError
 from bevt.data.manifest import Manifest, open_source, probe_source
@@ -304,10 +305,13 @@ def check_held_out(manifest: Manifest, backend: str) -> None:
     """
     if backend != "auto" and (reason := refusal(backend, [manifest])):
         raise DataError(f"data.backend {backend!r} cannot read the held-out data in {manifest.root}: {reason}")
-    bad = [manifest.entries[number] for number in manifest.unreadable[:MOST_LISTED].tolist()]
+    bad = []
+    for entry in manifest.entries:
+        problem = ("", entry.error) if entry.error else changed(manifest, entry)
+        if problem is not None:
+            bad.append((manifest.locate(entry), problem[1]))
     if bad:
-        named = [(manifest.locate(entry), entry.error or "") for entry in bad]
-        raise DataError(_refused(named, len(manifest.unreadable), len(manifest.entries)))
+        raise DataError(_refused(bad, len(bad), len(manifest.entries)))
 
 
 def _refused(bad: list[tuple[str, str]], count: int, total: int) -> str:

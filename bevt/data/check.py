@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Category(NamedTuple):
 CATEGORIES = {
     "unreadable": Category("error", "fetch or encode it again; until then training reads another in its place"),
     "truncated": Category("error", "fetch it again; until then training reads another in its place"),
+    "changed": Category("error", "index the source again (`bevt data index`)"),
     "listed but missing": Category("error", "fetch it, or take it off the list"),
     "variable rate": Category("warning", "equal strides are not equal times: re-encode (ffmpeg -fps_mode cfr)"),
     "sparse key frames": Category("warning", "a late clip decodes all frames before it: re-encode (ffmpeg -g 48)"),
@@ -66,12 +68,29 @@ def check(manifest: Manifest, span: int = 0) -> list[Problem]:
     return sorted(problems, key=lambda problem: (order.index(problem.category), problem.path))
 
 
+def changed(manifest: Manifest, entry: Entry) -> tuple[str, str] | None:
+    """(category, what) where the file is not the one that was indexed: gone, or of another size or time."""
+    try:
+        status = os.stat(manifest.file(entry).path)
+    except OSError as error:
+        return "listed but missing", f"since it was indexed: {error.strerror}"
+    if (None if entry.shard else entry.bytes, entry.mtime_ns) != (
+        None if entry.shard else status.st_size,
+        status.st_mtime_ns,
+    ):
+        return "changed", "it has another size or time than when it was indexed"
+    return None
+
+
 def _problems(manifest: Manifest, entry: Entry, span: int) -> Iterator[tuple[str, str]]:
-    """(category, what) of what the entry alone shows."""
+    """(category, what) of what the entry alone shows, and of whether its file is still that one."""
     if entry.error is not None:
         begins = {CUT: "truncated", MISSING: "listed but missing"}
         category = next((name for start, name in begins.items() if entry.error.startswith(start)), "unreadable")
         yield category, entry.error
+        return
+    if (problem := changed(manifest, entry)) is not None:
+        yield problem
         return
     if entry.variable_rate:
         yield "variable rate", "the time from frame to frame varies by more than a tenth"

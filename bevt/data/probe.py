@@ -66,7 +66,8 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iter
     if workers == 1 or len(entries) < 8:  # starting processes costs more than a few files
         yield from (probe(root, kind, entry) for entry in entries)
         return
-    size = max(1, min(64, len(entries) // (4 * workers)))
+    # Ctrl-C waits for what is under way.
+    size = max(1, min(4 if kind == "clips" else 64, len(entries) // (4 * workers)))
     chunks = deque(entries[i : i + size] for i in range(0, len(entries), size))
     while chunks:
         running: dict[Future[list[Entry]], list[Entry]] = {}

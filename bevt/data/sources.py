@@ -24,7 +24,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 import re
 import stat
@@ -57,8 +56,6 @@ _NUMBER = r"-?\d{1,18}"
 
 _MOST_LABEL = 1 << 20
 """Bytes of a label file in an archive that are read; what is longer is no label."""
-
-_log = logging.getLogger("bevt.data")
 
 
 class Found(NamedTuple):
@@ -127,10 +124,15 @@ def guess_kind(source: str) -> Kind:
     root, found = find(source, None)
     names = [item.path for item in found]
     archives = [item for item in found if item.archive and not item.error]
+    broken = any(item.error for item in found if _is_archive(item.path))
     for archive in archives[:1]:  # one speaks for all: reading the headers of thousands takes minutes
-        names += [entry.path for kind in kinds for entry in members(root, archive, kind) if not entry.error]
+        inside = [entry for kind in kinds for entry in members(root, archive, kind)]
+        names += [entry.path for entry in inside if not entry.error]
+        broken = broken or any(entry.error for entry in inside)
     counts = {kind: sum(name.lower().endswith(EXTENSIONS[kind]) for name in names) for kind in kinds}
     if not any(counts.values()):
+        if broken:  # an archive, compressed or damaged: indexing says which
+            return "clips"
         raise DataError(f"no clips or images in {source}: looked for {' '.join(sum(EXTENSIONS.values(), ()))}")
     return max(kinds, key=lambda kind: counts[kind])
 
@@ -210,7 +212,10 @@ def _label(labels: dict[tuple[str, str], bytes], key: str) -> tuple[Label, str |
 
 
 def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Found]:
-    """Every file with one of the extensions, links to folders followed, each folder once."""
+    """Every file with one of the extensions, links to folders followed, each folder once.
+
+    A folder that cannot be listed, or a link that leads nowhere, is one with an error. Raises DataError for `folder`.
+    """
     found, folders, seen = [], [""], set()
     while folders:
         below = folders.pop()
@@ -225,12 +230,19 @@ def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Found]:
                     if item.name.startswith("."):
                         continue
                     name = f"{below}/{item.name}" if below else item.name
-                    if item.is_dir():
+                    try:
+                        is_folder = item.is_dir()
+                    except OSError as error:  # a link to itself
+                        found.append(Found(name, error=f"cannot be opened ({error.strerror})"))
+                        continue
+                    if is_folder:
                         inside.append(name)
                     elif item.name.lower().endswith(extensions):
                         found.append(_found(name, item, label))
         except OSError as error:
-            _log.warning("%s cannot be listed (%s): its files are left out", folder / below, error.strerror)
+            if not below:
+                raise DataError(f"the folder {folder} cannot be listed ({error.strerror})") from error
+            found.append(Found(below, error=f"a folder that cannot be listed ({error.strerror})"))
         folders += sorted(inside, reverse=True)  # depth first: of two links to a folder the first one names its files
     return found
 

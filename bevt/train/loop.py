@@ -191,7 +191,11 @@ def _train(
     loader.close()
     evaluation: dict[str, float] = {}
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
-        evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
+        try:
+            evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
+        except DataError:
+            display.note(f"the run is complete and kept in {last}; with the data mended, --resume evaluates it")
+            raise
     assert last is not None
     return RunResult(step, steps, last, evaluation)
 

@@ -147,7 +147,9 @@ def damaged(dataset: shapes.ShapesPaths, config: Config, tmp_path: Path) -> Iter
     shutil.copytree(dataset.train_images, folder, ignore=shutil.ignore_patterns(".*"))
     index(str(folder), "images", cache=tmp_path / "images.jsonl")
     for name in ("0002.jpg", "0005.jpg"):
-        (folder / name).write_text("damaged")
+        status = (folder / name).stat()
+        (folder / name).write_bytes(b"damaged".ljust(status.st_size))
+        os.utime(folder / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that nothing but decoding shows it
     return with_data(config, images=str(tmp_path / "images.jsonl"), val_images=str(tmp_path / "images.jsonl"))
 
 

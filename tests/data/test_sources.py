@@ -353,3 +353,45 @@ def test_unchanged_archives_are_not_read_again(
     os.utime(tmp_path / "0.tar", ns=(1, 1))
     assert len(index(str(tmp_path), "images", cache=cache, workers=1).entries) == len(second.entries)
     assert read == ["1.tar", "0.tar"]
+
+
+def test_a_link_to_itself_hides_nothing(tmp_path: Path) -> None:
+    """It has an error; the files beside it are found."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes(b"x")
+    (tmp_path / "a" / "self").symlink_to("self")
+    _, found = find(str(tmp_path), "images")
+    assert [item.path for item in found] == ["a/self", "a/x.jpg"]
+    assert str(found[0].error).startswith("cannot be opened (Too many levels")
+    assert found[1].error is None
+
+
+def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One inside is an entry with an error; the source itself is an error."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    real = os.scandir
+
+    def refuse(path: str) -> object:
+        if path == os.path.realpath(closed):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    closed = tmp_path / "a"
+    _, found = find(str(tmp_path), "images")
+    assert [(item.path, item.error) for item in found] == [
+        ("a", "a folder that cannot be listed (Permission denied)"),
+        ("x.jpg", None),
+    ]
+    closed = tmp_path
+    with pytest.raises(DataError, match=r"the folder .* cannot be listed \(Permission denied\)"):
+        find(str(tmp_path), "images")
+
+
+def test_the_kind_of_an_archive_that_cannot_be_read(tmp_path: Path) -> None:
+    """Something is returned, so that indexing can say what is wrong with it."""
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    assert guess_kind(str(tmp_path)) == guess_kind(str(tmp_path / "a.tar.gz")) == "clips"
+    with pytest.raises(DataError, match="a compressed archive"):
+        open_source(str(tmp_path), "clips")

@@ -88,7 +88,7 @@ def good(dataset: shapes.ShapesPaths, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("good")
     for name in ("clips", "images"):
         (folder / name).mkdir()
-    videos(sorted(Path(dataset.train_clips).glob("*.*")), folder / "clips")
+    videos(sorted(Path(dataset.train_clips).glob("[0-9]*")), folder / "clips")
     images(sorted(Path(dataset.train_images).glob("*.jpg")), folder / "images")
     return folder
 

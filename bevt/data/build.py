@@ -176,7 +176,7 @@ class StepLoader:
     steps_per_epoch: float
 
     def __init__(self, config: Config, rank: int, world_size: int, prefer: str, kept: bool) -> None:
-        self._config, self._rank, self._world_size = config, rank, world_size
+        self._rank, self._world_size = rank, world_size
         self.accumulation = _accumulation(config, world_size)
         self._masked: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
         Masks(config, self._masked)  # raises here, not when the first batch is asked for
@@ -217,11 +217,11 @@ class StepLoader:
 
     def _batches(self) -> Generator[Batch, None, None]:
         batches = _serve(
-            self._config,
+            self.config,
             self._samplers,
             self._plans(self._start),
             self._masked,
-            backend=make_backend(self.backend, self._config.data),
+            backend=make_backend(self.backend, self.config.data),
             named=self._named,
         )
         with contextlib.closing(batches):
@@ -254,11 +254,11 @@ class StepLoader:
     @property
     def slots(self) -> dict[Stream, int]:
         """By stream, files * `data.views`: how many different views there are; 0 where they are not fixed."""
-        return {stream: len(sampler) * self._config.data.views for stream, sampler in self._samplers.items()}
+        return {stream: len(sampler) * self.config.data.views for stream, sampler in self._samplers.items()}
 
     def fingerprint(self, stream: Stream) -> str:
         """16 hex digits of what decides a stream's fixed views: the files' names and sizes, the cut, the decoder."""
-        data = self._config.data
+        data = self.config.data
         keys = ["crop", "short_side", "flip", "views"]
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
         decides = [self._samplers[stream].manifest.fingerprint(), self.backend, *(getattr(data, key) for key in keys)]
@@ -269,17 +269,17 @@ class StepLoader:
 
     def _identity(self) -> dict[str, Any]:
         """All that decides which sample a step's position is."""
-        out: dict[str, Any] = {"seed": self._config.train.seed}
+        out: dict[str, Any] = {"seed": self.config.train.seed}
         for stream in STREAMS:
             sampler = self._samplers.get(stream)
-            out[f"{stream} a step"] = getattr(self._config.train, stream)
+            out[f"{stream} a step"] = getattr(self.config.train, stream)
             out[f"{stream} in the source"] = len(sampler) if sampler else 0
             out[f"fingerprint of the {stream}"] = sampler.manifest.fingerprint() if sampler else ""
         return out
 
     def _plans(self, step: int) -> Iterator[Plan]:
         """What this rank decodes, micro-batch by micro-batch, without end."""
-        train = self._config.train
+        train = self.config.train
         shares: tuple[tuple[Stream, int, int], ...] = (
             ("clips", train.clips, train.micro_clips),
             ("images", train.images, train.micro_images),

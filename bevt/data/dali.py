@@ -46,6 +46,9 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")
 """8-bit 4:2:0, which every one of these decoders takes."""
 
+_INPUTS: dict[Stream, int] = {"clips": 6, "images": 5}
+"""How many of `_columns` a pipeline takes: images have no frame numbers."""
+
 _log = logging.getLogger("bevt.data")
 
 
@@ -178,7 +181,7 @@ class Pipelines:
 
         define = pipeline_def(_clips if stream == "clips" else _images)
         pipeline = define(
-            (_columns(samples)[: 6 if stream == "clips" else 5] for samples in feed),
+            (_columns(samples)[: _INPUTS[stream]] for samples in feed),
             "cpu" if self._device_id is None else "mixed",
             size,
             batch_size=batch,
@@ -264,7 +267,7 @@ def _clips(feed: Iterator[Any], device: str, size: int) -> Any:
     """Batches of `_columns` in; (B, T, size, size, 3) uint8 out, and the shapes before the cut."""
     from nvidia.dali import fn
 
-    encoded, *cut, frames = _source(feed, 6)
+    encoded, *cut, frames = _source(feed, _INPUTS["clips"])
     # Without pad_mode="none" a video that is too short would end in black frames, in silence.
     return _cut(fn.decoders.video(encoded, frames=frames, device=device, pad_mode="none"), size, *cut)
 
@@ -273,7 +276,7 @@ def _images(feed: Iterator[Any], device: str, size: int) -> Any:
     """As `_clips`, (M, size, size, 3) uint8. The decoder turns images as their EXIF data says."""
     from nvidia.dali import fn, types
 
-    encoded, *cut = _source(feed, 5)
+    encoded, *cut = _source(feed, _INPUTS["images"])
     return _cut(fn.decoders.image(encoded, device=device, output_type=types.RGB), size, *cut)
 
 

@@ -229,7 +229,7 @@ class _Worker(Dataset["Decoded | _Crash"]):
             )
 
     def _pixels(self, requests: list[Request], failures: list[tuple[Stream, int, str]]) -> Tensor | None:
-        """(requests, ...) uint8, in shared memory where another process is to receive it: nothing is copied then."""
+        """(requests, ...) uint8; in shared memory where another process receives it: handing it over copies nothing."""
         if not requests:
             return None
         out = torch.zeros(shape(requests), dtype=torch.uint8)

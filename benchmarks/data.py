@@ -92,6 +92,7 @@ def manifest_rows(scratch: Path) -> list[rows.Row]:
         for i in range(ENTRIES)
     )  # fmt: skip
     Manifest("clips", str(scratch), entries).save(path)
+    os.sync()  # what is mapped of a file that still has to be written would count as this process's memory
     code = (
         "import sys, time\n"
         "from bevt.config import DataConfig\n"

@@ -1,13 +1,16 @@
 """The command line: `bevt COMMAND --help` says what each one takes.
 
-A mistake of the user's (a wrong key, a missing folder, an unreadable file) is one message and exit status 2, never a
-traceback; a traceback is a defect of this program.
+Exit status 0: all is well. 1: what was looked for is not so, which each command's help says. 2: a mistake of the user's
+(a wrong key, a missing folder, an unreadable file), with one message; a traceback is a defect of this program. 3:
+Ctrl-C or SIGTERM stopped training, and a checkpoint lies there to continue from. 130, 143: they
+stopped anything else.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+STOPPED = 3
+"""Exit status of a run that a signal stopped, with a checkpoint: neither done nor failed."""
+
 USAGE = """usage: bevt COMMAND ...
 
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
@@ -54,7 +60,10 @@ bevt COMMAND --help says more.
 
 @dataclass(frozen=True)
 class PretrainArgs:
-    """Run a recipe. Every key of its configuration can be overridden."""
+    """Run a recipe. Every key of its configuration can be overridden.
+
+    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there.
+    """
 
     out: Path
     """Folder of the run: configuration, metrics, checkpoints, pictures."""
@@ -69,7 +78,8 @@ class PretrainArgs:
 class DemoArgs:
     """Pretrain BEVT on the embedded dataset: render and encode it, fit a tokenizer, image stage, joint stage, pictures.
 
-    Exit status 0: both streams beat what the token frequencies alone would give, as the README states.
+    Exit status 0: both streams beat what the token frequencies alone would give, as the README states; 1: not so; 3:
+    Ctrl-C or SIGTERM stopped it, and the same command goes on from there.
     """
 
     out: Path = Path("runs/demo")
@@ -146,6 +156,8 @@ class DataCheckArgs:
     """`clips` are videos; `auto`: what the source holds more of."""
     span: int = 121
     """Source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted."""
+    whole: bool = False
+    """Decode every frame of every file: indexing decodes both ends of a video, so damage in its middle is not seen."""
     most: int = 20
     """Files of each kind of problem that are named."""
 
@@ -221,21 +233,23 @@ def _pretrain(argv: list[str]) -> int:
     from bevt.train.loop import pretrain
 
     result = pretrain(args.config, args.out, resume=args.resume)
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    print(
-        f"{'finished' if result.finished else 'stopped'} at step {result.step} of {result.steps}: {result.checkpoint}"
-    )
-    for name, value in result.evaluation.items():
-        print(f"  {name:22} {value:.4f}")
-    return 0
+    if os.environ.get("RANK", "0") == "0":
+        how = "finished" if result.finished else "stopped, to be continued with --resume,"
+        print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
+        for name, value in result.evaluation.items():
+            print(f"  {name:22} {value:.4f}")
+    return 0 if result.finished else STOPPED
 
 
 def _demo(argv: list[str]) -> int:
     args = _parse(DemoArgs, argv, "bevt demo")
     from bevt.demo import demo
 
-    return demo(args.out, args.seed)
+    passed = demo(args.out, args.seed)
+    if passed is None:
+        print("stopped; the same command goes on from here")
+        return STOPPED
+    return 0 if passed else 1
 
 
 def _tokenizer_fit(argv: list[str]) -> int:
@@ -282,6 +296,7 @@ def _tokenizer_check(argv: list[str]) -> int:
 
 def _data_index(argv: list[str]) -> int:
     args = _parse(DataIndexArgs, argv, "bevt data index")
+    _not_negative(most=args.most)
     manifest = _indexed(args.source, args.kind, args.out)
     bad = len(manifest.unreadable)
     for number in manifest.unreadable[: args.most]:
@@ -299,11 +314,14 @@ def _data_check(argv: list[str]) -> int:
     from rich.table import Table
 
     from bevt.data.check import CATEGORIES, check
+    from bevt.train.metrics import counting
 
+    _not_negative(span=args.span, most=args.most)
     manifest = _indexed(args.source, args.kind, None)
-    problems = check(manifest, args.span)
+    with counting(f"decoding {manifest.kind}", enabled=args.whole) as progress:
+        problems = check(manifest, args.span, whole=args.whole, progress=progress)
     table = Table("problem", "files", "", "what to do", box=None)
-    for name, (severity, advice) in CATEGORIES.items():
+    for name, (severity, advice, _) in CATEGORIES.items():
         found = [problem for problem in problems if problem.category == name]
         if not found:
             continue
@@ -336,6 +354,12 @@ def _data_bench(argv: list[str]) -> int:
     return 0
 
 
+def _not_negative(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 0:
+            raise ConfigError(f"--{name} must not be below 0, got {number}")
+
+
 def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
     from bevt.data.manifest import Manifest, cache_path, index
@@ -344,6 +368,8 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
 
     if source.endswith(".jsonl"):
         return Manifest.load(source)
+    if not source:
+        raise ConfigError("SOURCE is empty: name a folder, a tar archive, a list or a manifest (.jsonl)")
     chosen = guess_kind(source) if kind == "auto" else kind
     if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise ConfigError(f"--out {out} cannot be written: name a file in a folder that exists")
@@ -410,11 +436,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = _dispatch(arguments)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as interrupt:
+        status = 143 if isinstance(interrupt, _Terminated) else 130
+        print(f"bevt: {'terminated' if status == 143 else 'interrupted'}", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"bevt: {error}", file=sys.stderr)
         status = 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise SystemExit(status)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, it ends what is under way, so that helper processes and shared memory are cleared away."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated

@@ -31,8 +31,8 @@ LEAST_CODES = 64
 """Codes that have to occur at the masked positions of the held-out clips."""
 
 
-def demo(out: Path, seed: int = 0) -> int:
-    """Render, fit, image stage, joint stage, score; the exit status: 0 where both streams pass, 1 where one does not.
+def demo(out: Path, seed: int = 0) -> bool | None:
+    """Render, fit, image stage, joint stage, score: whether both streams pass, None where a signal stopped training.
 
     Every part that an earlier call finished in `out` is kept, and a stage that was cut short is resumed.
     """
@@ -76,11 +76,11 @@ def demo(out: Path, seed: int = 0) -> int:
     image = stage(demo_image_stage())
     first = timed("image stage", lambda: pretrain(image, out / "image_stage", resume=True))
     if not first.finished:
-        return 1
+        return None
     joint = stage(demo_joint_stage(), init=str(out / "image_stage" / "checkpoints" / "last.pt"))
     second = timed("joint stage", lambda: pretrain(joint, out / "joint_stage", resume=True))
     if not second.finished:
-        return 1
+        return None
 
     passed = _show(console, second.evaluation)
     result = {
@@ -100,7 +100,7 @@ def demo(out: Path, seed: int = 0) -> int:
         f"metrics    {out / 'joint_stage' / 'metrics.jsonl'}\n"
         f"pictures   {out / 'joint_stage' / 'pictures'}"
     )
-    return 0 if passed else 1
+    return passed
 
 
 def demo_tokenizer(seed: int) -> VQConfig:

@@ -69,10 +69,12 @@ class Report:
     """Why the other backends serve nothing here."""
     bare: dict[str, float]
     """Milliseconds a sample of each yardstick (`_BARE`); empty where PyAV cannot serve."""
+    about_bare: str
+    """How the yardsticks were measured."""
     bad: dict[str, str]
     """What was wrong with the files, by name, that the index took for good and that could not be read."""
     choice: Choice
-    """`choose_backend`'s."""
+    """`choose_backend`'s, on these figures."""
 
     def __rich__(self) -> Group:
         """The tables, and a closing line."""
@@ -88,9 +90,9 @@ class Report:
                 cores.add_row(name, f"{1000 / bare:.1f}", *shares)
         unsaid = [f"not {name}: {why}" for name, why in self.refused.items() if why not in self.choice.why]
         out: list[str | Table] = [self.title, "", paths, *unsaid]
-        out += [_ABOUT_PATHS, "", *((cores, _ABOUT_CORES, "") if self.bare else ())]
+        out += [_ABOUT_PATHS, "", *((cores, self.about_bare, "") if self.bare else ())]
         if self.bad:
-            out.append(f"{len(self.bad)} files cannot be read (`bevt data check` says more):")
+            out.append(f"{len(self.bad)} files cannot be read (`bevt data check --whole` says more):")
             out += [f"  {path}: {why}" for path, why in itertools.islice(self.bad.items(), MOST_NAMED)]
         if len(self.bad) > MOST_NAMED:
             out.append(f"  ... and {len(self.bad) - MOST_NAMED} more")
@@ -103,9 +105,10 @@ _ABOUT_PATHS = (
     "of one worker or thread: decode (open, read, decode, to RGB); augment (resize, crop, flip); hand-over (request to "
     "a worker, pixels to the trainer; DALI: to torch), during which other workers decode."
 )
-_ABOUT_CORES = (
-    "The library alone in a simple loop, one thread, from the key frame before the clip where the index has one; per "
-    "cent: pyav's rate as a share of it, decoding alone and with the augmentation, in the same run."
+_SEEKING = ", from the key frame before the clip where the index has one"
+_ABOUT_BARE = (
+    "The library alone in a simple loop, one thread{}; per cent: pyav's rate as a share of it, decoding alone and with "
+    "the augmentation, in the same run."
 )
 
 
@@ -131,8 +134,9 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
     config = Config(recipe="bench", data=data, train=train)
     check_frames(config)
     sampler = Sampler(open_source(source, kind), data, kind, train.seed)
-    choice = choose_backend(config, {kind: sampler})
-    names = BACKENDS if data.backend == "auto" else (choice.name,)
+    if data.backend != "auto":
+        choose_backend(config, {kind: sampler})  # raises where it cannot serve
+    names = BACKENDS if data.backend == "auto" else (data.backend,)
     refused = {name: why for name in names if (why := refusal(name, [sampler.manifest]))}
 
     bad: dict[str, str] = {}
@@ -148,6 +152,7 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
     if not good:
         listed = "\n".join(f"  {path}: {why}" for path, why in itertools.islice(bad.items(), 5))
         raise DataError(f"none of the {len(bad)} {kind} that were tried can be decoded:\n{listed}")
+    choice = choose_backend(config, {kind: sampler}, measured={name: rates[name][0] for name in good})
 
     parts: dict[str, Parts] = {}
     bare: dict[str, float] = {}
@@ -167,6 +172,7 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
         {name: Row(*rates[name], parts[name]) for name in good},
         refused,
         bare,
+        _ABOUT_BARE.format(_SEEKING if kind == "clips" else ""),
         bad,
         choice,
     )

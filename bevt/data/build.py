@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,15 +91,19 @@ def refusal(name: str, manifests: Iterable[Manifest]) -> str:
 
 
 def choose_backend(
-    config: Config, samplers: dict[Stream, Sampler], prefer: str = "", others: Iterable[Manifest] = ()
+    config: Config,
+    samplers: dict[Stream, Sampler],
+    prefer: str = "",
+    others: Iterable[Manifest] = (),
+    measured: Mapping[str, float] | None = None,
 ) -> Choice:
     """The backend that `data.backend` names; for `auto` the fastest of those that can read these files.
 
     `auto` lets each of them decode the first samples of an epoch for TRIAL_SECONDS, with the run's own workers and
     micro-batches; where only one can serve, or `prefer` (what a resumed run began with) still can, none is timed.
     The calling process times alone: where several share the cores, PyAV comes out faster than it will be. `others` are
-    to be read too, and not timed. Raises ConfigError where a named one cannot serve, with what can, DataError where
-    none can.
+    to be read too, and not timed; `measured`, samples a second by name, takes the place of timing. Raises ConfigError
+    where a named one cannot serve, with what can, DataError where none can.
     """
     manifests = [*(sampler.manifest for sampler in samplers.values()), *others]
     wanted = config.data.backend
@@ -119,7 +121,8 @@ def choose_backend(
     rates = {}
     for name in able if len(able) > 1 and prefer not in able else ():
         try:
-            rates[name] = _trial(config, samplers, make_backend(name, config.data))
+            known = None if measured is None else measured.get(name, 0.0)
+            rates[name] = _trial(config, samplers, make_backend(name, config.data)) if known is None else known
         except DataError as error:
             refusals[name] = str(error)
     if rates:
@@ -256,13 +259,13 @@ class StepLoader:
         """By stream, files * `data.views`: how many different views there are; 0 where they are not fixed."""
         return {stream: len(sampler) * self.config.data.views for stream, sampler in self._samplers.items()}
 
-    def fingerprint(self, stream: Stream) -> str:
-        """16 hex digits of what decides a stream's fixed views: the files' names and sizes, the cut, the decoder."""
-        data = self.config.data
-        keys = ["crop", "short_side", "flip", "views"]
+    def views(self, stream: Stream) -> dict[str, Any]:
+        """What decides a stream's fixed views, as plain data: the files' names and sizes, the cut, the decoder."""
+        keys = ["crop", "short_side", "flip", "views", "backend"]
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
-        decides = [self._samplers[stream].manifest.fingerprint(), self.backend, *(getattr(data, key) for key in keys)]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        values = {f"data.{key}": getattr(self.config.data, key) for key in keys}
+        values["data.short_side"] = list(self.config.data.short_side)  # as JSON gives it back
+        return {"fingerprint of the files": self._samplers[stream].manifest.fingerprint(), **values}
 
     def _step(self) -> int:
         return self._start + self._served // self.accumulation
@@ -298,15 +301,18 @@ class StepLoader:
             step += 1
 
 
-def check_held_out(manifest: Manifest, backend: str) -> None:
+def check_held_out(manifest: Manifest, backend: str, first: int | None = None) -> None:
     """Raise DataError where not all can be read, listing the files: in held-out data nothing is replaced.
 
-    Likewise where `backend`, unless it is `auto`, cannot serve them.
+    Likewise where `backend`, unless it is `auto`, cannot serve them. Whether they have changed since they were indexed
+    is asked of all, or of the `first` ones: a call to the system each.
     """
     if backend != "auto" and (reason := refusal(backend, [manifest])):
         raise DataError(f"data.backend {backend!r} cannot read the held-out data in {manifest.root}: {reason}")
     bad = []
-    for entry in manifest.entries:
+    asked = range(len(manifest.entries))[:first]
+    for number in sorted({*asked, *manifest.unreadable.tolist()}):
+        entry = manifest.entries[number]
         problem = ("", entry.error) if entry.error else changed(manifest, entry)
         if problem is not None:
             bad.append((manifest.locate(entry), problem[1]))
@@ -337,8 +343,8 @@ def eval_batches(
         config, bool(data.val_clips and train.eval_clips), bool(data.val_images and train.eval_images), train=False
     )
 
-    for sampler in samplers.values():
-        check_held_out(sampler.manifest, "auto")
+    for stream, sampler in samplers.items():
+        check_held_out(sampler.manifest, "auto", getattr(train, f"eval_{stream}"))
     sizes: dict[Stream, tuple[int, int]] = {
         "clips": (train.eval_clips, micro_clips or train.micro_clips),
         "images": (train.eval_images, micro_images or train.micro_images),
@@ -475,7 +481,7 @@ def _replace(
     listed = "\n".join(f"  {path}: {why}" for path, why in failed)
     raise DataError(
         f"{len(failed)} files in a row cannot be read, at position {request.position} of the {request.stream} "
-        f"(run `bevt data check` on the source):\n{listed}"
+        f"(run `bevt data check --whole` on the source):\n{listed}"
     )
 
 

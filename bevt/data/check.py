@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from bevt.data.entry import Entry
-from bevt.data.files import File, ReadError
+from bevt.data.files import CLOSED, File, ReadError
 from bevt.data.manifest import Manifest
-from bevt.data.sources import CUT, MISSING
+from bevt.data.probe import OUTSIDE, decode, probe_all
+from bevt.data.processes import cores
+from bevt.data.sources import COMPRESSED, CUT, MISSING
 
 SPARSE_KEYS = 250
 """Key frames further apart than this (x264's default) make seeking slow."""
@@ -26,13 +28,18 @@ class Category(NamedTuple):
 
     severity: Literal["error", "warning", "note"]
     advice: str
+    begins: str = ""
+    """How the `Entry.error` of such a file begins."""
 
 
 CATEGORIES = {
     "unreadable": Category("error", "fetch or encode it again; until then training reads another in its place"),
-    "truncated": Category("error", "fetch it again; until then training reads another in its place"),
+    "truncated": Category("error", "fetch it again; until then training reads another in its place", CUT),
+    "not accessible": Category("error", "let this user read it, or mend the link or the disk", CLOSED),
+    "compressed archive": Category("error", "decompress it to .tar (gunzip, zstd -d)", COMPRESSED),
+    "wrong range": Category("error", "correct the list, or fetch the video that it was written for", OUTSIDE),
     "changed": Category("error", "index the source again (`bevt data index`)"),
-    "listed but missing": Category("error", "fetch it, or take it off the list"),
+    "listed but missing": Category("error", "fetch it, or take it off the list", MISSING),
     "variable rate": Category("warning", "equal strides are not equal times: re-encode (ffmpeg -fps_mode cfr)"),
     "sparse key frames": Category("warning", "a late clip decodes all frames before it: re-encode (ffmpeg -g 48)"),
     "duplicates": Category("warning", "keep one of them"),
@@ -52,17 +59,29 @@ class Problem:
     what: str
 
 
-def check(manifest: Manifest, span: int = 0) -> list[Problem]:
+def check(
+    manifest: Manifest, span: int = 0, *, whole: bool = False, progress: Callable[[int, int], None] | None = None
+) -> list[Problem]:
     """What is wrong with the files, worst first. Reads only files that have the size of another one.
 
     `span`: source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted. 0: not checked.
+    `whole`: every frame of every file is decoded, where indexing decodes both ends; `progress` gets (done, in all).
     """
-    problems = []
+    problems, there = [], []
     by_size: dict[Hashable, list[int]] = defaultdict(list)
     for number, entry in enumerate(manifest.entries):
-        problems += [Problem(category, entry.path, what) for category, what in _problems(manifest, entry, span)]
+        found = [Problem(category, entry.path, what) for category, what in _problems(manifest, entry, span)]
+        problems += found
         if entry.error is None:
             by_size[entry.bytes].append(number)
+            if all(CATEGORIES[problem.category].severity != "error" for problem in found):
+                there.append(entry)
+    if whole:
+        for done, entry in enumerate(probe_all(manifest.root, manifest.kind, there, cores(), decode), 1):
+            if entry.error is not None:
+                problems.append(Problem(_category(entry.error), entry.path, entry.error))
+            if progress:
+                progress(done, len(there))
     problems += _duplicates(manifest, [group for group in by_size.values() if len(group) > 1])
     order = list(CATEGORIES)
     return sorted(problems, key=lambda problem: (order.index(problem.category), problem.path))
@@ -82,12 +101,16 @@ def changed(manifest: Manifest, entry: Entry) -> tuple[str, str] | None:
     return None
 
 
+def _category(error: str) -> str:
+    """That of an `Entry.error`."""
+    begun = (name for name, category in CATEGORIES.items() if category.begins and error.startswith(category.begins))
+    return next(begun, "unreadable")
+
+
 def _problems(manifest: Manifest, entry: Entry, span: int) -> Iterator[tuple[str, str]]:
     """(category, what) of what the entry alone shows, and of whether its file is still that one."""
     if entry.error is not None:
-        begins = {CUT: "truncated", MISSING: "listed but missing"}
-        category = next((name for start, name in begins.items() if entry.error.startswith(start)), "unreadable")
-        yield category, entry.error
+        yield _category(entry.error), entry.error
         return
     if (problem := changed(manifest, entry)) is not None:
         yield problem
@@ -140,5 +163,5 @@ def _whole(file: File) -> bytes:
                 digest.update(block)
                 left -= len(block) if left > 0 else 0
     except OSError as error:
-        raise ReadError(file.name, f"cannot be opened ({error.strerror})") from error
+        raise ReadError(file.name, f"{CLOSED} ({error.strerror})") from error
     return digest.digest()

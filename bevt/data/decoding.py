@@ -26,7 +26,7 @@ from bevt import masking
 from bevt.config import Config, DataConfig, MaskConfig, UserError
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.files import ReadError
-from bevt.data.processes import context, end, initialize
+from bevt.data.processes import context, end, initialize, undisturbed
 from bevt.data.sampling import Request, Stream
 
 READERS: dict[str, Callable[[Sequence[Request], Sequence[Tensor]], None]] = {
@@ -137,8 +137,8 @@ class Processes:
                 plan = begun.oldest()
                 what = (
                     f"{died}: killed from outside, out of memory (lower data.workers or data.prefetch), out of shared "
-                    "memory (a container's --shm-size), or a file that crashes the decoder (`bevt data check`). "
-                    f"It was the turn of {plan}"
+                    "memory (a container's --shm-size), or a file that crashes the decoder (`bevt data check --whole`"
+                    f"). It was the turn of {plan}"
                 )
                 if self._data.worker_death == "stop" or plan is suspect:
                     raise DataError(f"{what}, at which another had died" if plan is suspect else what) from died
@@ -170,7 +170,8 @@ class Processes:
         try:
             others = set(multiprocessing.active_children())
             try:
-                running.append(iter(loader))
+                with undisturbed():
+                    running.append(iter(loader))
             finally:
                 helpers += [child for child in multiprocessing.active_children() if child not in others]
             while True:

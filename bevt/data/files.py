@@ -14,6 +14,10 @@ while it is turned; what a damaged or hostile header declares (60,000 x 60,000) 
 """
 
 
+CLOSED = "cannot be opened"
+"""How the error of a file begins that the system does not open."""
+
+
 class ReadError(DataError):
     """A file that cannot be decoded: `path` and the `reason`, one short sentence."""
 
@@ -45,7 +49,7 @@ class File(NamedTuple):
                 file.seek(self.offset)
                 data = file.read(self.size if whole else count)
         except OSError as error:
-            raise ReadError(self.name, f"cannot be opened ({error.strerror})") from error
+            raise ReadError(self.name, f"{CLOSED} ({error.strerror})") from error
         if not data:
             raise ReadError(self.name, "the file is empty (0 bytes)")
         if whole and len(data) < self.size:

@@ -9,6 +9,7 @@ probed again; where nothing has changed, indexing a folder again lists it and do
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -17,7 +18,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +26,7 @@ import numpy as np
 from bevt.data import DataError
 from bevt.data.entry import EXTENSIONS, Entry, Kind, dump, located, parse
 from bevt.data.files import File
-from bevt.data.probe import passing, probe_all
+from bevt.data.probe import passing, probe, probe_all
 from bevt.data.processes import cores
 from bevt.data.sources import Found, find, members
 
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 MOST_NAMED = 20
 """Unreadable files of one source that the log names; the others are counted."""
 
-VERSION = 2
+VERSION = 3
 
 _BLOCK = 1 << 22
 """Bytes that are checked and split into lines at a time."""
@@ -49,7 +49,7 @@ class _Lines(Sequence[Entry]):
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         """Map the file and find its lines. Raises DataError where they are not those that the header was made of."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_blank(header))
         with open(path, "rb") as file:
             position = len(file.readline())
             starts = [np.array([position])]  # of every line, and the end of the last one
@@ -61,7 +61,7 @@ class _Lines(Sequence[Entry]):
         self._starts = np.concatenate(starts)
         if digest.hexdigest() != header["digest"] or len(self) != header["entries"]:
             raise DataError(
-                f"the manifest {path} is cut off, or its lines were edited after `bevt data index` wrote them: index "
+                f"the manifest {path} is cut off, or was edited after `bevt data index` wrote it: index "
                 "the files again; to use only some of them, give a list of `path label` lines"
             )
         self.unreadable = np.array(header["unreadable"], np.int64)
@@ -103,23 +103,19 @@ class Manifest:
     shards: dict[str, list[Any]] = field(default_factory=dict, compare=False, repr=False)
     """Size, time and label of every tar archive, by path."""
 
-    @cached_property
+    @functools.cached_property
     def unreadable(self) -> np.ndarray:
         """(n,) int64, rising: the numbers of the entries with an error."""
         if isinstance(self.entries, _Lines):
             return self.entries.unreadable
         return np.array([i for i, entry in enumerate(self.entries) if entry.error is not None], np.int64)
 
-    @cached_property
+    @functools.cached_property
     def formats(self) -> tuple[tuple[str, str], ...]:
         """Every (format, pixel format) that a readable entry has, in order."""
         if isinstance(self.entries, _Lines):
             return self.entries.formats
         return tuple(sorted({(entry.format, entry.pixel_format) for entry in self.entries if entry.error is None}))
-
-    def readable(self) -> list[Entry]:
-        """The entries without an error, in order, all of them in memory."""
-        return [entry for entry in self.entries if entry.error is None]
 
     def locate(self, entry: Entry) -> str:
         """What the file is called: its path on this machine, or `archive.tar/member`."""
@@ -148,13 +144,12 @@ class Manifest:
             "fingerprint": self.fingerprint(),
             "listing": self.listing,
             "shards": self.shards,
-            "digest": "0" * 64,
         }
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_blank(header))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
+                file.write(_blank(header) + b"\n")
                 for entry in self.entries:
                     line = dump(entry)
                     digest.update(line)
@@ -167,8 +162,8 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Map a manifest. Raises DataError where the file is missing, is no manifest, is of another version, or its
-        lines are not those that were written.
+        """Map a manifest. Raises DataError where the file is missing, is no manifest, is of another version, or is
+        not what was written.
         """
         path = Path(path)
         try:
@@ -245,6 +240,8 @@ def index(
     if old is not None and same and not any(passing(old.entries[number]) for number in old.unreadable.tolist()):
         return old
 
+    if cache and Path(cache).is_dir():
+        raise DataError(f"the manifest {cache} cannot be written, a folder lies there: remove it, or name another file")
     partial = Path(f"{cache}.partial{VERSION}") if cache else None
     entries, todo, shards = _compare(root, kind, found, old, partial)
     if not entries and not todo:
@@ -255,24 +252,41 @@ def index(
         try:
             if log and log.tell():
                 log.write(b"\n")  # what a killed run has torn ends here
-            for entry in probe_all(str(root), kind, todo, workers or cores()):
+            for entry in probe_all(str(root), kind, todo, workers or cores(), probe):
                 entries.append(entry)
                 if log:
-                    log.write(dump(entry))
-                    log.flush()
+                    try:
+                        log.write(dump(entry))
+                        log.flush()
+                    except OSError as error:
+                        raise DataError(_unwritten(partial, error, f"{len(entries) - 1} of {total} files")) from error
                 if progress:
                     progress(len(entries), total)
+        except KeyboardInterrupt:
+            if log:
+                _log.warning("%d of %d files are done and kept: indexing goes on from there", len(entries), total)
+            raise
         finally:
             if log:
                 log.close()
     entries.sort(key=lambda entry: (entry.path, entry.start, entry.end))
     manifest = Manifest(kind, str(root), tuple(entries), listing, shards)
     if cache:
-        manifest.save(cache)
+        try:
+            manifest.save(cache)
+        except OSError as error:
+            raise DataError(_unwritten(cache, error, "what was found")) from error
         manifest = Manifest.load(cache)  # which needs a hundredth of the memory
     if partial:
         partial.unlink(missing_ok=True)
     return manifest
+
+
+def _unwritten(path: Path | str | None, error: OSError, kept: str) -> str:
+    return (
+        f"{path} cannot be written ({error.strerror}): make room there, or name another place with `bevt data index "
+        f"--out`; {kept} is kept, and indexing again goes on from there"
+    )
 
 
 def cache_path(source: Path, kind: Kind) -> Path:
@@ -286,8 +300,18 @@ def cache_path(source: Path, kind: Kind) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevt"
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"manifest_{kind}_{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]}.jsonl"
-    _log.warning("%s is not writable: its manifest is kept in %s", folder, path)
+    _say_where(folder, path)
     return path
+
+
+@functools.cache  # once a process and folder
+def _say_where(folder: Path, path: Path) -> None:
+    _log.warning("%s is not writable: its manifest is kept in %s", folder, path)
+
+
+def _blank(header: dict[str, Any]) -> bytes:
+    """The header's line while its digest, which is over this and all other lines, is not known."""
+    return json.dumps({**header, "digest": "0" * 64}).encode()
 
 
 def _identity(entry: Entry) -> str:

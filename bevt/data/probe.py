@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -17,12 +17,15 @@ from typing import Any
 
 from bevt.data import DataError
 from bevt.data.entry import Entry, Kind, located
-from bevt.data.files import MOST_PIXELS, File, ReadError
-from bevt.data.processes import context, initialize
+from bevt.data.files import CLOSED, MOST_PIXELS, File, ReadError
+from bevt.data.processes import context, initialize, undisturbed
 from bevt.data.sources import CUT
 
 MOST_FRAMES = 1_000_000
 """Packets of a video, 9 hours at 30 a second, above which it is refused: a header can declare billions."""
+
+OUTSIDE = "its list says frames"
+"""How the error of a video begins that has fewer frames than its list says."""
 
 _NO_MEMORY = "not enough memory to decode it"
 _DIED = "the process that probed it died: the decoder crashed, or memory ran out"
@@ -37,6 +40,10 @@ _EXACT_PACKETS = {"h264", "hevc", "vp9", "av1"}
 """Codecs of which one packet of an MP4 or Matroska file is one shown frame (VP8 hides some, AVI splits some)."""
 
 
+Look = Callable[[str, Kind, Entry], Entry]
+"""`probe` or `decode`."""
+
+
 def probe(root: str, kind: Kind, entry: Entry) -> Entry:
     """The entry with what is in the file, or with the error. Raises DataError where PyAV is missing."""
     file = located(root, entry)
@@ -48,23 +55,40 @@ def probe(root: str, kind: Kind, entry: Entry) -> Entry:
         return replace(entry, error=_NO_MEMORY)
     if entry.start >= facts["frames"] or entry.end > facts["frames"]:
         end = entry.end or "the end"
-        return replace(entry, error=f"its list says frames {entry.start} to {end}, but it has {facts['frames']}")
+        return replace(entry, error=f"{OUTSIDE} {entry.start} to {end}, but it has {facts['frames']}")
     return replace(entry, **facts)
+
+
+def decode(root: str, kind: Kind, entry: Entry) -> Entry:
+    """The probed entry again, with an error where not all of what `probe` found can be decoded."""
+    file, frames = located(root, entry), 1
+    try:
+        if kind == "clips":
+            frames, _ = _decode(file, None)
+        else:
+            _image(file)
+    except ReadError as error:
+        return replace(entry, error=error.reason)
+    except MemoryError:
+        return replace(entry, error=_NO_MEMORY)
+    if frames != entry.frames:
+        return replace(entry, error=f"{CUT} or damaged: {frames} of its {entry.frames} frames can be decoded")
+    return entry
 
 
 def passing(entry: Entry) -> bool:
     """Whether its error is of the machine, not of the file: worth another look."""
-    return entry.error is not None and entry.error.startswith(("cannot be opened", _NO_MEMORY, _DIED))
+    return entry.error is not None and entry.error.startswith((CLOSED, _NO_MEMORY, _DIED))
 
 
-def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iterator[Entry]:
-    """Probed entries, in any order. A file on which its process dies gets an error; the others are not affected.
+def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int, look: Look) -> Iterator[Entry]:
+    """What `look` makes of the entries, in any order. One on which its process dies gets an error, the others do not.
 
     Fewer than 8 files, or all where there is one worker, are probed in this process, without that
     protection. Raises DataError where no process can be started, or PyAV is missing.
     """
     if workers == 1 or len(entries) < 8:  # starting processes costs more than a few files
-        yield from (probe(root, kind, entry) for entry in entries)
+        yield from (look(root, kind, entry) for entry in entries)
         return
     # Ctrl-C waits for what is under way.
     size = max(1, min(4 if kind == "clips" else 64, len(entries) // (4 * workers)))
@@ -75,9 +99,10 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iter
             try:
                 while chunks or running:
                     # Few at a time: when a process dies, nobody can tell on which of those that were handed out.
-                    while chunks and len(running) < 2 * workers:
-                        running[pool.submit(_probe_some, root, kind, chunks[0])] = chunks[0]
-                        chunks.popleft()
+                    with undisturbed():
+                        while chunks and len(running) < 2 * workers:
+                            running[pool.submit(_probe_some, root, kind, chunks[0], look)] = chunks[0]
+                            chunks.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         yield from future.result()
                         del running[future]
@@ -85,20 +110,22 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int) -> Iter
                 pass  # what it leaves in `running` is probed below
             finally:
                 pool.shutdown(cancel_futures=True)
-        yield from _probe_singly(root, kind, [entry for chunk in running.values() for entry in chunk])
+        yield from _probe_singly(root, kind, [entry for chunk in running.values() for entry in chunk], look)
 
 
-def _probe_some(root: str, kind: Kind, entries: list[Entry]) -> list[Entry]:
-    return [probe(root, kind, entry) for entry in entries]
+def _probe_some(root: str, kind: Kind, entries: list[Entry], look: Look) -> list[Entry]:
+    return [look(root, kind, entry) for entry in entries]
 
 
-def _probe_singly(root: str, kind: Kind, entries: list[Entry]) -> Iterator[Entry]:
-    """Probed entries, one after the other in a process that may die of one."""
+def _probe_singly(root: str, kind: Kind, entries: list[Entry], look: Look) -> Iterator[Entry]:
+    """As `probe_all`, one after the other in a process that may die of one."""
     left = deque(entries)
     while left:
         with ProcessPoolExecutor(1, mp_context=context(), initializer=initialize) as pool:
             try:
-                pool.submit(int).result()
+                with undisturbed():
+                    begun = pool.submit(int)
+                begun.result()
             except BrokenProcessPool as error:
                 raise DataError(
                     "processes that probe files end before they begin: a script needs `if __name__ == '__main__':` "
@@ -106,7 +133,7 @@ def _probe_singly(root: str, kind: Kind, entries: list[Entry]) -> Iterator[Entry
                 ) from error
             try:
                 while left:
-                    yield pool.submit(probe, root, kind, left[0]).result()
+                    yield pool.submit(look, root, kind, left[0]).result()
                     left.popleft()
             except BrokenProcessPool:
                 yield replace(left.popleft(), error=_DIED)

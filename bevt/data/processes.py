@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
@@ -16,9 +17,9 @@ def context() -> BaseContext:
     """A start method that is safe beside threads and CUDA: `forkserver`, or `spawn` where that does not exist.
 
     A plain fork of a process that already runs OpenMP or CUDA threads can deadlock in the child. The fork server
-    imports torch and the decoders once, so that further workers start in milliseconds. It is started with SIGTERM
-    blocked, which its children inherit: a scheduler that signals the whole process group must not take the workers away
-    from a training process that still has a step to finish.
+    imports torch and the decoders once, so that further workers start in milliseconds. It is started with SIGTERM and
+    SIGINT blocked, which its children inherit: a scheduler or a terminal that signals the whole process group must not
+    take the workers away from a training process that still has a step to finish, nor end them with tracebacks.
 
     As with any such start method, a script that trains needs `if __name__ == "__main__":` around what it does.
     """
@@ -28,21 +29,28 @@ def context() -> BaseContext:
 
     ctx = multiprocessing.get_context("forkserver")
     ctx.set_forkserver_preload(["bevt.data.decoding", "av", "PIL.Image"])
-    resource_tracker.ensure_running()  # the fork server starts it too, and that unblocks SIGTERM
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
+    resource_tracker.ensure_running()  # the fork server starts it too, and that unblocks them
+    with undisturbed():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return ctx
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGTERM and SIGINT wait: a process that is half started when its parent ends prints a traceback."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def initialize(*_: object) -> None:
-    """First call in every helper process: leave Ctrl-C to the parent, and end when the parent does, however it does.
+    """First call in every helper process: leave signals to the parent, and end when the parent does, however it does.
 
     The parent's death has to be watched: a child of the fork server keeps the server alive, and is never orphaned.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where processes are spawned, nothing is blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bevt.data import DataError
 from bevt.data.cut import cut, places
-from bevt.data.files import MOST_PIXELS, File, ReadError
+from bevt.data.files import CLOSED, MOST_PIXELS, File, ReadError
 from bevt.data.sampling import Request
 
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -109,7 +109,7 @@ def open_video(file: File, **options: str) -> tuple[Any, Any]:
         cut = "cut off: the index of the MP4 (its moov atom) is missing"
         raise ReadError(file.name, cut if start[4:] == b"ftyp" else "not a video that FFmpeg recognises") from error
     except (av.error.FFmpegError, OSError) as error:
-        raise ReadError(file.name, f"cannot be opened ({error.strerror})") from error
+        raise ReadError(file.name, f"{CLOSED} ({error.strerror})") from error
     stream = container.streams.best("video")
     if stream is None:
         container.close()
@@ -179,7 +179,7 @@ def open_image(file: File) -> Image.Image:
         file.read(1)  # says so where it is empty
         raise ReadError(file.name, "not an image that Pillow recognises") from error
     except _PILLOW_ERRORS as error:
-        raise ReadError(file.name, f"cannot be opened ({error})") from error
+        raise ReadError(file.name, f"{CLOSED} ({error})") from error
 
 
 def upright(file: File, image: Image.Image) -> Image.Image:

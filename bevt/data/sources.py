@@ -16,7 +16,7 @@ Read as they are, and told apart by content:
   whose `start_frame` is 0, as public conversion scripts take it.
 - Tar archives, uncompressed, as WebDataset writes them (webdataset.github.io): members with the same name up to the
   first dot of its last part are one sample; `.cls` (text) or `.json` (its `label`) beside a video or image labels it,
-  else the folder in the archive.
+  else the folder in the archive. Where those are no number and no text, the sample has no label, and the log says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import re
 import stat
@@ -34,8 +35,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from bevt.data import DataError
 from bevt.data.entry import EXTENSIONS, Entry, Kind
+from bevt.data.files import CLOSED
 
 Label = str | int | None
+
+_log = logging.getLogger("bevt.data")
 
 ARCHIVE = ".tar"
 
@@ -48,11 +52,15 @@ CUT = "cut off"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 """First bytes of gzip, bzip2, xz, zstd, lz4."""
-_ADVICE = "a compressed archive, whose members cannot be found by their place: decompress it (gunzip, zstd -d) to .tar"
+COMPRESSED = "a compressed archive"
+"""How the error of one begins."""
+_ADVICE = f"{COMPRESSED}, whose members cannot be found by their place: decompress it (gunzip, zstd -d) to .tar"
 
 _LABELS = ("labels.json", "something-something-v2-labels.json")
 
 _NUMBER = r"-?\d{1,18}"
+_NAMED = (*EXTENSIONS["clips"], *EXTENSIONS["images"], ARCHIVE, *_COMPRESSED)
+"""What the names of files end in."""
 
 _MOST_LABEL = 1 << 20
 """Bytes of a label file in an archive that are read; what is longer is no label."""
@@ -143,6 +151,7 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
     One that is cut off or damaged gives what lies before that, and is itself an entry with an error.
     """
     found: list[tuple[str, str, str, int, int]] = []
+    odd: list[str] = []
     labels: dict[tuple[str, str], bytes] = {}
     size, seen, error = archive.bytes, -1, None
     try:
@@ -159,7 +168,11 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
                         raise _Unusable(f"{CUT} or damaged at {member.name}")
                     seen = member.offset_data
                     folder, name = os.path.split(member.name.removeprefix("./"))
-                    if not member.isreg() or member.issparse() or name.startswith("."):
+                    if name.startswith("."):
+                        continue
+                    if not member.isreg() or member.issparse():
+                        if name.lower().endswith(EXTENSIONS[kind]):
+                            odd.append(f"{archive.path}/{os.path.join(folder, name)}")
                         continue
                     stem, _, extension = name.lower().rpartition(".")
                     key = os.path.join(folder, name.partition(".")[0])
@@ -174,41 +187,50 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
     except _Unusable as problem:
         error = str(problem)
     except OSError as problem:
-        error = f"cannot be opened ({problem.strerror})"
+        error = f"{CLOSED} ({problem.strerror})"
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as problem:  # what hostile headers lead to
         error = f"{CUT} or damaged after {len(found)} {kind} ({problem})"
     entries = [] if error is None else [archive._replace(error=error).entry()]
+    entries += [Entry(name, 0, archive.mtime_ns, _LINK, shard=archive.path) for name in odd]
+    unlabelled = []
     for key, folder, name, offset, length in found:
-        label, wrong = _label(labels, key)
-        if not length:  # which `File` would take for the rest of the archive
-            wrong = "the file is empty (0 bytes)"
-        if label is None:
-            label = archive.label if archive.label is not None else os.path.basename(folder) or None
+        wrong = None if length else "the file is empty (0 bytes)"  # which `File` would take for the rest of the archive
+        try:
+            label = _label(labels, key)
+            if label is None:
+                label = archive.label if archive.label is not None else os.path.basename(folder) or None
+        except (ValueError, RecursionError):
+            label = None
+            unlabelled.append(name)
         entries.append(
             Entry(f"{archive.path}/{name}", length, archive.mtime_ns, wrong, label, shard=archive.path, offset=offset)
         )
+    if unlabelled:
+        _log.warning(
+            "%s: the label files (.cls or .json) of %d members, %s the first, hold neither a number nor a text: they "
+            "have no label",
+            os.path.join(root, archive.path), len(unlabelled), unlabelled[0],
+        )  # fmt: skip
     return entries
+
+
+_LINK = "a link inside the archive, or a file with holes: pack the file itself"
 
 
 class _Unusable(Exception):
     """What is wrong with an archive."""
 
 
-def _label(labels: dict[tuple[str, str], bytes], key: str) -> tuple[Label, str | None]:
-    """(label, what is wrong with it) that lies beside a member."""
-    try:
-        if (key, "cls") in labels:
-            text = labels[key, "cls"].decode().strip()
-            return (int(text) if re.fullmatch(_NUMBER, text) else text or None), None
-        if (key, "json") in labels:
-            content = json.loads(labels[key, "json"])
-            label = content.get("label") if isinstance(content, dict) else None
-            if label is not None and not isinstance(label, str | int):
-                return None, f"the label in {key}.json is neither a number nor a text"
-            return label, None
-    except (ValueError, RecursionError) as error:
-        return None, f"the label file beside it, {key}.cls or .json, cannot be read ({error})"
-    return None, None
+def _label(labels: dict[tuple[str, str], bytes], key: str) -> Label:
+    """The label that lies beside a member. Raises ValueError or RecursionError where it is none."""
+    if (key, "cls") in labels:
+        text = labels[key, "cls"].decode().strip()
+        return int(text) if re.fullmatch(_NUMBER, text) else text or None
+    content = json.loads(labels.get((key, "json"), b"null"))
+    label = content.get("label") if isinstance(content, dict) else None
+    if label is not None and not isinstance(label, str | int):
+        raise ValueError(label)
+    return label
 
 
 def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Found]:
@@ -233,7 +255,7 @@ def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Found]:
                     try:
                         is_folder = item.is_dir()
                     except OSError as error:  # a link to itself
-                        found.append(Found(name, error=f"cannot be opened ({error.strerror})"))
+                        found.append(Found(name, error=f"{CLOSED} ({error.strerror})"))
                         continue
                     if is_folder:
                         inside.append(name)
@@ -258,7 +280,7 @@ def _found(name: str, item: os.DirEntry[str] | Path, label: Label, start: int = 
     except FileNotFoundError:
         return Found(name, 0, 0, label, start, end, f"{MISSING}: looked for {os.fspath(item)}")
     except OSError as error:
-        return Found(name, 0, 0, label, start, end, f"cannot be opened ({error.strerror})")
+        return Found(name, 0, 0, label, start, end, f"{CLOSED} ({error.strerror})")
     wrong = None
     if not stat.S_ISREG(status.st_mode):  # a pipe would block whoever opens it
         wrong = "neither a file nor a link to one"
@@ -291,10 +313,12 @@ def _checked(path: Path, rows: Iterable[_Row]) -> list[Found]:
 
 def _read(path: Path) -> tuple[str, Literal["lines", "kinetics", "json"]]:
     """The text of a list or an annotation file, and what it is."""
-    with open(path, "rb") as file:
-        binary = b"\0" in file.read(4096)
     try:
-        text = "" if binary else path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        binary = b"\0" in content[:4096]
+        text = "" if binary else content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"the list {path} cannot be opened ({error.strerror})") from error
     except UnicodeDecodeError:
         binary = True
     if binary:
@@ -336,7 +360,23 @@ def _lines(path: Path, text: str) -> Iterator[_Row]:
                 name = ""
         if not name or "\0" in name:
             raise DataError(f"{path}, line {number}: {line!r} is not `path label` (a file, then a whole number)")
-        yield _Row(f"line {number}", _stat(root, name, label))
+        row = _Row(f"line {number}", _stat(root, name, label))
+        if row.found.error and not name.lower().endswith(_NAMED):  # what there is may be called anything
+            _refuse_label(path, number, name)
+        yield row
+
+
+def _refuse_label(path: Path, number: int, name: str) -> None:
+    """Raise DataError where the name of a file that is not there is one with a label that is no whole number, or the
+    header of a table.
+    """
+    match = re.fullmatch(r"(.*\S)\s*[\s,]\s*(\S*)", name)
+    if match and match[1].rstrip('",').lower().endswith(_NAMED):
+        raise DataError(f"{path}, line {number}: the label {match[2]!r} is not a whole number of at most 18 digits")
+    if number == 1 and match:
+        raise DataError(
+            f"{path}, line 1: {name!r} is not `path label` (a file, then a whole number); if it is a header, delete it"
+        )
 
 
 def _kinetics(path: Path, text: str) -> Iterator[_Row]:

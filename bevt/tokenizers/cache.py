@@ -58,6 +58,8 @@ class TokenStore:
         self._row = np.dtype([("codes", "<u2", grid), ("check", "<u4")])
         header = {"format": FORMAT, **identity, "slots": slots, "frames": frames, "grid": list(grid)}
         size = HEADER + slots * frames * self._row.itemsize
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ConfigError(f"tokenizer.cache: {path.parent} is a file; name a folder")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
@@ -168,11 +170,16 @@ class TokenCache:
 
     @classmethod
     def open(
-        cls, config: Config, tokenizer: Tokenizer, digest: str, device: torch.device, views: dict[str, tuple[str, int]]
+        cls,
+        config: Config,
+        tokenizer: Tokenizer,
+        digest: str,
+        device: torch.device,
+        views: dict[str, tuple[dict[str, Any], int]],
     ) -> TokenCache:
         """The cache in the folder `config.tokenizer.cache`.
 
-        `digest` is the tokenizer's; `views` holds, by stream, a fingerprint of all that decides the pixels of its views
+        `digest` is the tokenizer's; `views` holds, by stream, all that decides the pixels of its views, as plain data,
         and how many views there are. Raises ConfigError as `TokenStore`, and where the codes do not fit in 16 bits.
         """
         if tokenizer.vocab_size > 1 << 16:
@@ -182,12 +189,12 @@ class TokenCache:
             )
         side = config.data.crop // 2 // tokenizer.downsample
         frames = {"clips": config.data.frames, "images": 1}
-        same = {"weights": digest, **tokenizer.implementations, "device": device.type}
+        same = {"digest of the tokenizer": digest, **tokenizer.implementations, "device": device.type}
         with ExitStack() as stack:
             stores = {}
-            for stream, (fingerprint, slots) in views.items():
+            for stream, (decides, slots) in views.items():
                 path = Path(config.tokenizer.cache) / f"{stream}.tokens"
-                identity = {"stream": stream, "views": fingerprint, **same}
+                identity = {"stream": stream, **decides, **same}
                 stores[stream] = TokenStore(path, identity, slots, frames[stream], (side, side))
                 stack.callback(stores[stream].close)
             stack.pop_all()

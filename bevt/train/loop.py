@@ -63,21 +63,22 @@ class RunResult:
 def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = False) -> RunResult:
     """Run `config` into the folder `out`, or continue there with `resume`.
 
-    SIGTERM and SIGINT end the run after the current step, with a checkpoint. Raises ConfigError, DataError,
-    CheckpointError, WeightsError or RunError with a message for a person.
+    SIGTERM and SIGINT end training after the current step, with a checkpoint; what comes before, looking at the files,
+    and after, evaluation, they end as they end any program, and `resume` takes it up again. Raises ConfigError,
+    DataError, CheckpointError, WeightsError or RunError with a message for a person.
     """
     check(config)
     world = join_world()
     try:
-        with Stop() as stop, ExitStack() as stack:
+        with ExitStack() as stack:
             saved = _open_run(config, out, world, stack, resume)
-            return _train(config, out, world, stop, stack, saved, quiet)
+            return _train(config, out, world, stack, saved, quiet)
     finally:
         world.close()
 
 
 def _train(
-    config: Config, out: Path, world: World, stop: Stop, stack: ExitStack, saved: dict[str, Any] | None, quiet: bool
+    config: Config, out: Path, world: World, stack: ExitStack, saved: dict[str, Any] | None, quiet: bool
 ) -> RunResult:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -90,14 +91,14 @@ def _train(
             "give the run's own with --tokenizer.path"
         )
     _probe_sources(config, world, quiet)
+    stop = stack.enter_context(Stop())
     bad_files = BadFiles(out, world)
     loader = _build_loader(config, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
     stack.callback(loader.close)
     cache = None
     if config.tokenizer.cache:
-        views: dict[str, tuple[str, int]] = {  # the decoder is in the fingerprint; here it can be read
-            stream: (f"{loader.fingerprint(stream)} by {loader.backend}", slots)
-            for stream, slots in loader.slots.items()
+        views: dict[str, tuple[dict[str, Any], int]] = {
+            stream: (loader.views(stream), slots) for stream, slots in loader.slots.items()
         }
         cache = TokenCache.open(config, tokenizer, digest, world.device, views)
         stack.callback(cache.close)
@@ -187,8 +188,8 @@ def _train(
             last = save(step)
     if step < steps:
         last = save(step)
-        display.note(f"stopped at step {step} of {steps}; continue with --resume")
     loader.close()
+    stop.end()
     evaluation: dict[str, float] = {}
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
         try:
@@ -385,5 +386,9 @@ class Stop:
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more abandons it\n")
 
     def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
+        self.end()
+
+    def end(self) -> None:
+        """Leave the signals to whoever had them before; idempotent."""
+        while self._old:
+            signal.signal(*self._old.popitem())

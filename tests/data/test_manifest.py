@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def test_unchanged_files_are_not_probed_again(clips: Path, monkeypatch: pytest.M
         probed.append(entry.path)
         return real(root, kind, entry)
 
-    monkeypatch.setattr(probe, "probe", spy)
+    monkeypatch.setattr(manifest, "probe", spy)
     open_source(str(clips), "clips")
     assert probed == []
     shutil.copy(clips / "0001.webm", clips / "new.webm")
@@ -68,19 +70,19 @@ def test_interrupted_indexing_is_resumed(clips: Path, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return real(root, kind, entry)
 
-    monkeypatch.setattr(probe, "probe", crash)
+    monkeypatch.setattr(manifest, "probe", crash)
     with pytest.raises(KeyboardInterrupt):
         index(str(clips), "clips", cache=cache)
-    with open(f"{cache}.partial2", "a") as file:
+    with open(f"{cache}.partial3", "a") as file:
         file.write('{"path": "00')
 
     def only_the_rest(root: str, kind: Kind, entry: Entry) -> Entry:
         assert entry.path == "0001.webm"
         return real(root, kind, entry)
 
-    monkeypatch.setattr(probe, "probe", only_the_rest)
+    monkeypatch.setattr(manifest, "probe", only_the_rest)
     assert [entry.error for entry in index(str(clips), "clips", cache=cache).entries] == [None, None]
-    assert not Path(f"{cache}.partial2").exists()
+    assert not Path(f"{cache}.partial3").exists()
 
 
 def test_unwritable_folder_uses_the_user_cache(
@@ -171,7 +173,6 @@ def test_a_loaded_manifest_is_the_one_that_was_saved(made: Manifest, tmp_path: P
         loaded.entries[3000]
     assert loaded.unreadable.tolist() == made.unreadable.tolist() == [7, 2999]
     assert loaded.formats == made.formats == (("h264", "yuv420p"), ("vp9", "yuv420p"))
-    assert loaded.readable() == made.readable()
     assert loaded != replace(made, entries=(*made.entries[:5], replace(made.entries[5], bytes=0), *made.entries[6:]))
     assert loaded != replace(made, entries=made.entries[:-1])
 
@@ -205,9 +206,11 @@ def test_loading_parses_no_entry(made: Manifest, tmp_path: Path, monkeypatch: py
     assert len(parsed) == 1
 
 
-@pytest.mark.parametrize("harm", ["cut", "edit", "drop"])
+@pytest.mark.parametrize("harm", ["cut", "edit", "drop", "kind", "root"])
 def test_a_manifest_that_was_tampered_with(made: Manifest, tmp_path: Path, harm: str) -> None:
-    """Cut inside a line, one digit changed, a line taken out: an error that says what to do."""
+    """Cut inside a line, one digit changed, a line taken out, a header that says another kind or folder: an error that
+    says what to do.
+    """
     path = tmp_path / "m.jsonl"
     made.save(path)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -215,10 +218,13 @@ def test_a_manifest_that_was_tampered_with(made: Manifest, tmp_path: Path, harm:
         lines[-1] = lines[-1][:20]
     elif harm == "edit":
         lines[9] = lines[9].replace(b"300", b"301")
-    else:
+    elif harm == "drop":
         del lines[9]
+    else:
+        key = harm.encode()
+        lines[0] = re.sub(b'"' + key + b'": "[^"]*"', b'"' + key + b'": "images"', lines[0])
     path.write_bytes(b"".join(lines))
-    with pytest.raises(DataError, match=r"m\.jsonl is cut off, or its lines were edited.*index the files again"):
+    with pytest.raises(DataError, match=r"m\.jsonl is cut off, or was edited.*index the files again"):
         Manifest.load(path)
 
 
@@ -226,11 +232,44 @@ def test_a_manifest_of_version_1(clips: Path, caplog: pytest.LogCaptureFixture) 
     """Named explicitly it is an error; one that was kept for a folder is made anew, and the log says so."""
     old = clips / ".bevt_manifest_clips.jsonl"
     old.write_text(json.dumps({"bevt_manifest": 1, "kind": "clips", "root": "."}) + "\n")
-    with pytest.raises(DataError, match="version 1, not 2: index the files again"):
+    with pytest.raises(DataError, match="version 1, not 3: index the files again"):
         open_source(str(old), "clips")
     assert len(open_source(str(clips), "clips").entries) == 2
-    assert "version 1, not 2: index the files again; the files are probed again" in caplog.text
+    assert "version 1, not 3: index the files again; the files are probed again" in caplog.text
     assert Manifest.load(old).unreadable.tolist() == []
+
+
+def test_a_folder_where_the_manifest_goes(clips: Path) -> None:
+    """Said before anything is probed."""
+    (clips / "m.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"m\.jsonl cannot be written, a folder lies there: remove it, or name another"):
+        index(str(clips), "clips", cache=clips / "m.jsonl")
+
+
+def test_a_disk_that_takes_no_manifest(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found is kept, and not looked at again."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", full)
+        with pytest.raises(DataError, match=r"m\.jsonl cannot be written \(No space .*: make room .* is kept"):
+            index(str(clips), "clips", cache=clips / "m.jsonl", workers=1)
+    monkeypatch.setattr(manifest, "probe", full)
+    assert len(index(str(clips), "clips", cache=clips / "m.jsonl", workers=1).entries) == 2
+
+
+def test_an_unwritable_folder_is_named_once(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Its manifest goes to the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    first, second = (open_source(str(clips), "clips") for _ in range(2))
+    assert first == second
+    assert len(list((tmp_path / "cache" / "bevt").glob("manifest_clips_*.jsonl"))) == 1
+    assert caplog.text.count("is not writable: its manifest is kept in") == 1
 
 
 def test_an_unchanged_folder_is_only_listed(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +283,7 @@ def test_an_unchanged_folder_is_only_listed(clips: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "parse", forbidden)
-        patch.setattr(probe, "probe", forbidden)
+        patch.setattr(manifest, "probe", forbidden)
         again = index(str(clips), "clips", cache=cache)
     assert again == first
     assert cache.stat().st_mtime_ns == written

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bevt.cli import main
@@ -49,6 +50,9 @@ def test_every_category_is_found(tmp_path: Path) -> None:
         _good("i.mp4", bytes=10, start=100, end=220),
         Entry("j.mp4", 5, 0, "cut off: a packet is incomplete"),
         Entry("k.mp4", 5, 0, "not there: looked for it"),
+        Entry("n.mp4", 5, 0, "cannot be opened (Permission denied)"),
+        Entry("o.tgz", 5, 0, "a compressed archive, whose members"),
+        Entry("p.mp4", 5, 0, "its list says frames 5 to 9, but it has 4"),
         _good("l.mp4", bytes=11),
         _good("m.mp4", bytes=12),
     )
@@ -58,6 +62,9 @@ def test_every_category_is_found(tmp_path: Path) -> None:
     assert [(problem.category, problem.path, problem.what) for problem in problems] == [
         ("unreadable", "d.mp4", "not a video"),
         ("truncated", "j.mp4", "cut off: a packet is incomplete"),
+        ("not accessible", "n.mp4", "cannot be opened (Permission denied)"),
+        ("compressed archive", "o.tgz", "a compressed archive, whose members"),
+        ("wrong range", "p.mp4", "its list says frames 5 to 9, but it has 4"),
         ("changed", "l.mp4", "it has another size or time than when it was indexed"),
         ("listed but missing", "k.mp4", "not there: looked for it"),
         ("listed but missing", "m.mp4", "since it was indexed: No such file or directory"),
@@ -120,6 +127,49 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     table = {line.split("  ")[0].strip(): line.split() for line in out.splitlines()[-5:]}
     assert table["unreadable"][1:3] == ["3", "error"]
     assert table["odd sizes"][2:4] == ["1", "note"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "{}", "--most", -3], "--most must not be below 0, got -3"),
+        (["check", "{}", "--span", -5], "--span must not be below 0, got -5"),
+        (["index", "{}", "--most", -1], "--most must not be below 0, got -1"),
+        (["check", ""], "SOURCE is empty: name a folder"),
+    ],
+)
+def test_arguments_out_of_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object], message: str
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["data", *(str(word).format(tmp_path) for word in words)])
+    assert (done.value.code, message in capsys.readouterr().err) == (2, True)
+
+
+def test_damage_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What both ends do not show is found by `--whole`, in processes: frame 45 of 90, key frames 30 apart."""
+    av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+    draw = np.random.default_rng(0)
+    with av.open(str(tmp_path / "0.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "30", "bf": "0", "sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        for _ in range(90):
+            pixels = draw.integers(0, 256, (80, 96, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "0.mp4")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][45]
+        begin, end = packet.pos + packet.size // 4, packet.pos + packet.size
+    content = bytearray((tmp_path / "0.mp4").read_bytes())
+    for i in range(1, 9):
+        (tmp_path / f"{i}.mp4").write_bytes(content)
+    content[begin:end] = bytes(end - begin)
+    (tmp_path / "4.mp4").write_bytes(content)
+    assert _run(capsys, "data", "check", tmp_path, "--span", 0)[0] == 0
+    status, out = _run(capsys, "data", "check", tmp_path, "--span", 0, "--whole")
+    assert status == 1
+    assert out.count("  4.mp4: frame 45 ") == 1
+    assert out.splitlines()[-1] == "9 clips: 1 cannot be used, 7 other remarks"
 
 
 def test_the_index_command_on_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

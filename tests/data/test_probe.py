@@ -256,16 +256,10 @@ def _dies(root: str, kind: Kind, entry: Entry) -> Entry:
     return Entry(entry.path, 1, 1, frames=1)
 
 
-def _some_die(root: str, kind: Kind, entries: list[Entry]) -> list[Entry]:
-    return [_dies(root, kind, entry) for entry in entries]
-
-
-def test_a_file_that_kills_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_kills_its_process() -> None:
     """It alone gets an error; every other file is probed, once."""
-    monkeypatch.setattr(probe, "probe", _dies)
-    monkeypatch.setattr(probe, "_probe_some", _some_die)
     names = [f"{'deadly' if i in (3, 30) else 'fine'}{i:02}.mp4" for i in range(40)]
-    entries = list(probe.probe_all("/videos", "clips", [Entry(name, 1, 1) for name in names], 2))
+    entries = list(probe.probe_all("/videos", "clips", [Entry(name, 1, 1) for name in names], 2, _dies))
     assert sorted(entry.path for entry in entries) == sorted(names)
     assert {entry.path: entry.error for entry in entries if entry.error} == dict.fromkeys(
         ("deadly03.mp4", "deadly30.mp4"), "the process that probed it died: the decoder crashed, or memory ran out"

@@ -69,6 +69,11 @@ def test_list_with_two_labels_of_a_file(tmp_path: Path) -> None:
     [
         ("a.txt", "a.mp4 1\n ,3\n", r"a\.txt, line 2: ',3' is not `path label`"),
         ("a.txt", '"a.mp4" "b.mp4" 3', r"a\.txt, line 1: .* is not `path label`"),
+        ("a.txt", "a.mp4 1\nb c.webm 1.5\n", r"a\.txt, line 2: the label '1\.5' is not a whole number"),
+        ("a.txt", "a.mp4,cat\n", r"a\.txt, line 1: the label 'cat' is not a whole number"),
+        ("a.txt", "s.tar\t1?\n", r"a\.txt, line 1: the label '1\?' is not a whole number"),
+        ("a.txt", f"a.jpg {'1' * 26}\n", r"a\.txt, line 1: the label '1{26}' is not a whole number of at most 18"),
+        ("a.csv", "path,label\na.mp4,1\n", r"a\.csv, line 1: 'path,label' is not `path label` .* a header, delete it"),
         ("a.txt", "\n \n", r"the list .*a\.txt is empty"),
         ("a.csv", "label,youtube_id,split\n", r"a\.csv, line 1: no column time_start; the header of a Kinetics csv is"),
         (
@@ -220,7 +225,9 @@ def _tar(path: Path, members: Mapping[str, bytes], **options: Any) -> Path:
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("prefix", ["", "./", "much/" * 30])
-def test_archive(tmp_path: Path, pictures: dict[str, bytes], layout: int, prefix: str) -> None:
+def test_archive(
+    tmp_path: Path, pictures: dict[str, bytes], layout: int, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Bytes at the places that the manifest says, labels from beside, in every tar format, long names too."""
     _tar(tmp_path / "s.tar", {prefix + name: content for name, content in pictures.items()}, format=layout)
     found = index(str(tmp_path / "s.tar"), "images", workers=1)
@@ -232,16 +239,40 @@ def test_archive(tmp_path: Path, pictures: dict[str, bytes], layout: int, prefix
                 ("3 ü.jpg", "much" if "much" in prefix else None, 42),
                 ("a/1.jpg", 12, 40),
                 ("a/2.input.png", "cat", 41),
-                ("a/4.jpeg", "a", 0),
+                ("a/4.jpeg", None, 43),
             )
         )
     ]
-    assert str(found.entries[-1].error).startswith(
-        "the label file beside it, " + inside + "a/4.cls or .json, cannot be"
-    )
+    assert caplog.text.count(f"of 1 members, {inside}a/4.jpeg the first, hold neither a number nor a text") == 1
     for entry in found.entries:
         assert found.file(entry).read() == pictures[entry.path.removeprefix("s.tar/").removeprefix(inside)]
         assert entry.bytes == len(found.file(entry).read())
+
+
+def test_links_in_an_archive_are_named(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    """A member without bytes of its own is an entry with an error; links to other things are nothing."""
+    path = _tar(tmp_path / "s.tar", pictures)
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("a/9.jpg", tarfile.LNKTYPE), ("b.png", tarfile.SYMTYPE), ("c.txt", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a/1.jpg"
+            tar.addfile(member)
+    entries = index(str(path), "images", workers=1).entries
+    assert {entry.path: entry.error for entry in entries if entry.error} == dict.fromkeys(
+        ("s.tar/a/9.jpg", "s.tar/b.png"), "a link inside the archive, or a file with holes: pack the file itself"
+    )
+    assert len(entries) == 6
+
+
+def test_a_list_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a.mp4 1")
+
+    def closed(*_: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    with pytest.raises(DataError, match=r"the list .*a\.txt cannot be opened \(Permission denied\)"):
+        find(str(tmp_path / "a.txt"), "clips")
 
 
 def test_archive_of_videos_beside_files(dataset: shapes.ShapesPaths, tmp_path: Path) -> None:

@@ -178,6 +178,12 @@ def test_codes_of_something_else_are_refused(path: Path, changes: dict[str, str]
     assert path.read_bytes() == before
 
 
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "codes").write_text("")
+    with pytest.raises(ConfigError, match=r"tokenizer\.cache: .*codes is a file; name a folder$"):
+        opened(tmp_path / "codes" / "clips.tokens")
+
+
 @pytest.mark.parametrize(
     ("size", "says"),
     [
@@ -210,10 +216,10 @@ def test_a_damaged_file_is_refused(path: Path, content: bytes | None, says: str)
         opened(path)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "codes").write_text("a file")
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot open .*: (Not a directory|File exists); make room, name a folder"):
-        opened(tmp_path / "codes" / "clips.tokens")
+        opened(tmp_path / "file" / "codes" / "clips.tokens")
 
 
 @contextmanager
@@ -329,7 +335,7 @@ def test_sizes_of_a_run(tmp_path: Path) -> None:
     """
     config = Config(data=DataConfig(frames=16, crop=224), tokenizer=TokenizerConfig(cache=str(tmp_path)))
     tokenizer: Any = SimpleNamespace(vocab_size=1 << 16, downsample=8, implementations={"linear_argmax": "native"})
-    views = {"clips": ("a", 3), "images": ("b", 7)}
+    views: dict[str, tuple[dict[str, Any], int]] = {"clips": ({"data.crop": 224}, 3), "images": ({"data.crop": 2}, 7)}
     device = torch.device("cpu")
     TokenCache.open(config, tokenizer, "vq 1", device, views).close()
     sizes = {entry.name: entry.stat().st_size - HEADER for entry in tmp_path.glob("*.tokens")}
@@ -337,8 +343,8 @@ def test_sizes_of_a_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "images.tokens").read_bytes()[:HEADER]) == {
         "format": "bevt tokens 1",
         "stream": "images",
-        "views": "b",
-        "weights": "vq 1",
+        "data.crop": 2,
+        "digest of the tokenizer": "vq 1",
         "linear_argmax": "native",
         "device": "cpu",
         "slots": 7,
@@ -346,8 +352,8 @@ def test_sizes_of_a_run(tmp_path: Path) -> None:
         "grid": [14, 14],
     }
     files = os.listdir("/proc/self/fd")
-    with pytest.raises(ConfigError, match=r"images.tokens .*: views was 'b', is 'c'\.") as refused:
-        TokenCache.open(config, tokenizer, "vq 1", device, {**views, "images": ("c", 7)})
+    with pytest.raises(ConfigError, match=r"images.tokens .*: data.crop was 2, is 4\.") as refused:
+        TokenCache.open(config, tokenizer, "vq 1", device, {**views, "images": ({"data.crop": 4}, 7)})
     assert len(os.listdir("/proc/self/fd")) == len(files), refused  # whose traceback would keep them open
     tokenizer.vocab_size += 1
     with pytest.raises(ConfigError, match=r"codes in 16 bits, but the tokenizer has 65537"):

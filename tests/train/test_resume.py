@@ -128,12 +128,13 @@ def test_kill_in_the_middle_of_an_epoch(long: Config, uninterrupted: Path, tmp_p
 
 
 def test_sigterm(long: Config, uninterrupted: Path, tmp_path: Path) -> None:
-    """A checkpoint of the very step, exit status 0; resumed, the run is the run."""
+    """A checkpoint of the very step, exit status 3, said once; resumed, the run is the run."""
     out = tmp_path / "run"
     status, output, started = interrupt(long, out, EVERY + 2, signal.SIGTERM)
-    assert status == 0, output
-    stopped = re.search(r"stopped at step (\d+) of 20; continue with --resume", output)
+    assert status == 3, output
+    stopped = re.search(r"stopped, to be continued with --resume, at step (\d+) of 20: ", output)
     assert stopped, output
+    assert output.count("stopped") == 1
     saved = checkpoint.latest(out / "checkpoints")
     assert saved is not None
     assert saved.name == f"step_{int(stopped[1]):08d}.pt"

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM, to the whole process group as a terminal and a scheduler send them, while files are looked at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bevt.data import shapes
+
+STATUS = {signal.SIGINT: (130, "bevt: interrupted"), signal.SIGTERM: (143, "bevt: terminated")}
+
+
+@pytest.fixture
+def folder(dataset: shapes.ShapesPaths, tmp_path: Path) -> Path:
+    """200 videos."""
+    for number in range(200):
+        shutil.copy(Path(dataset.train_clips) / "0001.webm", tmp_path / f"{number:03}.webm")
+    return tmp_path
+
+
+def signalled(command: str, folder: Path, signum: signal.Signals, ready: Callable[[int], bool]) -> tuple[int, str]:
+    """`bevt data COMMAND folder`, signalled once it is ready (its process id given): exit status, standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bevt", "data", *command.split(), str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not ready(process.pid):
+            assert process.poll() is None, "it ended before it was signalled"
+            assert time.monotonic() < deadline, "it does not get on"
+            time.sleep(0.002)
+        os.killpg(process.pid, signum)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - begin < 30
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("signum", STATUS, ids=lambda signum: signum.name)
+def test_indexing(folder: Path, signum: signal.Signals) -> None:
+    """It ends soon, says what it has kept, and goes on from there."""
+    partial = folder / ".bevt_manifest_clips.jsonl.partial3"
+    status, err = signalled("index", folder, signum, lambda _: partial.exists() and partial.stat().st_size > 0)
+    assert (status, err.splitlines()[-1]) == STATUS[signum], err
+    done = partial.read_bytes().count(b"\n")
+    assert 0 < done < 200
+    assert f"{done} of 200 files are done and kept: indexing goes on from there" in err
+    assert "Traceback" not in err
+    assert "leaked" not in err
+
+
+def test_while_processes_start(folder: Path) -> None:
+    """The fork server imports torch and the decoders: a second in which nothing of it may be seen."""
+
+    def starting(parent: int) -> bool:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return any("forkserver" in Path(f"/proc/{child}/cmdline").read_text() for child in children)
+
+    status, err = signalled("index", folder, signal.SIGINT, starting)
+    assert (status, err.splitlines()[-1]) == STATUS[signal.SIGINT], err
+    assert "Traceback" not in err
+    assert "leaked" not in err

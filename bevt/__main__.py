@@ -1,5 +1,16 @@
-"""`python -m bevt`: the command line without an installed script."""
+"""`bevt` and `python -m bevt`."""
 
-from bevt.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """The command line; Ctrl-C during the second in which it is imported ends it as later."""
+    try:
+        from bevt.cli import main as command
+    except KeyboardInterrupt:
+        sys.exit(130)
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,7 @@
 
 Exit status 0: all is well. 1: what was looked for is not so, which each command's help says. 2: a mistake of the user's
 (a wrong key, a missing folder, an unreadable file), with one message; a traceback is a defect of this program. 3:
-Ctrl-C or SIGTERM stopped training, and a checkpoint lies there to continue from. 130, 143: they
-stopped anything else.
+Ctrl-C or SIGTERM stopped training, and a checkpoint lies there to continue from. 130, 143: they stopped something else.
 """
 
 from __future__ import annotations
@@ -62,7 +61,8 @@ bevt COMMAND --help says more.
 class PretrainArgs:
     """Run a recipe. Every key of its configuration can be overridden.
 
-    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there.
+    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there (0 under
+    torchrun, which would start it again).
     """
 
     out: Path
@@ -79,7 +79,7 @@ class DemoArgs:
     """Pretrain BEVT on the embedded dataset: render and encode it, fit a tokenizer, image stage, joint stage, pictures.
 
     Exit status 0: both streams beat what the token frequencies alone would give, as the README states; 1: not so; 3:
-    Ctrl-C or SIGTERM stopped it, and the same command goes on from there.
+    Ctrl-C or SIGTERM stopped a training stage, and the same command goes on from there.
     """
 
     out: Path = Path("runs/demo")
@@ -157,7 +157,7 @@ class DataCheckArgs:
     span: int = 121
     """Source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted."""
     whole: bool = False
-    """Decode every frame of every file: indexing decodes both ends of a video, so damage in its middle is not seen."""
+    """Decode every file to its end: indexing decodes both ends of a video, and does not see damage in its middle."""
     most: int = 20
     """Files of each kind of problem that are named."""
 
@@ -238,6 +238,8 @@ def _pretrain(argv: list[str]) -> int:
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
         for name, value in result.evaluation.items():
             print(f"  {name:22} {value:.4f}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a run again that does not end with 0
+        return 0
     return 0 if result.finished else STOPPED
 
 

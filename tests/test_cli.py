@@ -17,6 +17,7 @@ from bevt.cli import main
 from bevt.data import shapes
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+from bevt.train import loop
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -126,6 +127,15 @@ def test_the_joint_stage_at_full_size_on_real_clips(run: Run, real_folders: tupl
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["loss_clips"] == pytest.approx(np.log(8192), abs=1.0)  # an untrained head spreads over all codes
     assert row["loss_images"] == pytest.approx(np.log(8192), abs=1.0)
+
+
+def test_exit_status_of_a_stopped_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3; under torchrun, which would start it again, 0."""
+    monkeypatch.setattr(loop, "pretrain", lambda *_, **__: loop.RunResult(3, 10, tmp_path / "a.pt", {}))
+    status, out, _ = run("pretrain", "joint_stage", "--out", tmp_path)
+    assert (status, out) == (3, f"stopped, to be continued with --resume, at step 3 of 10: {tmp_path / 'a.pt'}\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run("pretrain", "joint_stage", "--out", tmp_path)[0] == 0
 
 
 def test_a_clip_shorter_than_its_frames_loops(run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path) -> None:

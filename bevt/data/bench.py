@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bevt.config import Config, ConfigError, DataConfig, TrainConfig, check_frames
 from bevt.data import DataError, pyav, torchcodec
-from bevt.data.build import BACKENDS, Choice, choose_backend, make_backend, refusal
+from bevt.data.build import BACKENDS, CANDIDATES, Choice, choose_backend, fastest, make_backend, refusal
 from bevt.data.cut import cut, places
 from bevt.data.decoding import READERS, Backend, Masks, Plan, Processes, shape
 from bevt.data.entry import Kind
@@ -74,7 +74,7 @@ class Report:
     bad: dict[str, str]
     """What was wrong with the files, by name, that the index took for good and that could not be read."""
     choice: Choice
-    """`choose_backend`'s, on these figures."""
+    """The named backend, or `fastest` of these figures."""
 
     def __rich__(self) -> Group:
         """The tables, and a closing line."""
@@ -134,9 +134,8 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
     config = Config(recipe="bench", data=data, train=train)
     check_frames(config)
     sampler = Sampler(open_source(source, kind), data, kind, train.seed)
-    if data.backend != "auto":
-        choose_backend(config, {kind: sampler})  # raises where it cannot serve
-    names = BACKENDS if data.backend == "auto" else (data.backend,)
+    named = choose_backend(config, {kind: sampler}) if data.backend != "auto" else None
+    names = (named.name,) if named else BACKENDS
     refused = {name: why for name in names if (why := refusal(name, [sampler.manifest]))}
 
     bad: dict[str, str] = {}
@@ -152,7 +151,8 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
     if not good:
         listed = "\n".join(f"  {path}: {why}" for path, why in itertools.islice(bad.items(), 5))
         raise DataError(f"none of the {len(bad)} {kind} that were tried can be decoded:\n{listed}")
-    choice = choose_backend(config, {kind: sampler}, measured={name: rates[name][0] for name in good})
+    measured = {name: rates[name][0] for name in good}
+    choice = named or fastest(measured, {name: refused.get(name, "") for name in CANDIDATES})
 
     parts: dict[str, Parts] = {}
     bare: dict[str, float] = {}

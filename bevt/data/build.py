@@ -44,6 +44,8 @@ TRIAL_SECONDS = 3.0
 FRAMES_PER_CLIP = 4
 """Frames that `frame_batches` takes from one clip: decoding costs most of the way to the last one anyway."""
 
+_NOTHING = "it decoded none of the first samples"
+
 _log = logging.getLogger("bevt.data")
 
 
@@ -91,19 +93,15 @@ def refusal(name: str, manifests: Iterable[Manifest]) -> str:
 
 
 def choose_backend(
-    config: Config,
-    samplers: dict[Stream, Sampler],
-    prefer: str = "",
-    others: Iterable[Manifest] = (),
-    measured: Mapping[str, float] | None = None,
+    config: Config, samplers: dict[Stream, Sampler], prefer: str = "", others: Iterable[Manifest] = ()
 ) -> Choice:
     """The backend that `data.backend` names; for `auto` the fastest of those that can read these files.
 
     `auto` lets each of them decode the first samples of an epoch for TRIAL_SECONDS, with the run's own workers and
     micro-batches; where only one can serve, or `prefer` (what a resumed run began with) still can, none is timed.
     The calling process times alone: where several share the cores, PyAV comes out faster than it will be. `others` are
-    to be read too, and not timed; `measured`, samples a second by name, takes the place of timing. Raises ConfigError
-    where a named one cannot serve, with what can, DataError where none can.
+    to be read too, and not timed. Raises ConfigError where a named one cannot serve, with what can, DataError where
+    none can.
     """
     manifests = [*(sampler.manifest for sampler in samplers.values()), *others]
     wanted = config.data.backend
@@ -118,26 +116,31 @@ def choose_backend(
             rest = f"{', '.join(able)} can" if able else "nor can any other"
             raise ConfigError(f"data.backend {wanted!r} cannot read this data: {refusals[wanted]}; {rest}")
         return Choice(wanted, "as configured")
-    rates = {}
-    for name in able if len(able) > 1 and prefer not in able else ():
-        try:
-            known = None if measured is None else measured.get(name, 0.0)
-            rates[name] = _trial(config, samplers, make_backend(name, config.data)) if known is None else known
-        except DataError as error:
-            refusals[name] = str(error)
-    if rates:
-        refusals |= {name: "it decoded none of the first samples" for name, rate in rates.items() if not rate}
-    able = [name for name in able if not refusals[name]]
-    unable = "".join(f"; not {name}: {reason}" for name, reason in refusals.items() if reason)
-    if not able:
-        raise DataError(f"nothing here can decode this data{unable}")
     if prefer in able:
         return Choice(prefer, "as the run began")
+    rates = {}
+    for name in able if len(able) > 1 else ():
+        try:
+            rates[name] = _trial(config, samplers, make_backend(name, config.data))
+        except DataError as error:
+            refusals[name] = str(error)
+    return fastest(rates, refusals)
+
+
+def fastest(rates: Mapping[str, float], refusals: Mapping[str, str]) -> Choice:
+    """What `auto` makes of its candidates' samples a second and of the reasons why some cannot serve ("": it can).
+
+    One that can serve need not have a rate where it is alone. Raises DataError where none can serve.
+    """
+    reasons = {name: why or ("" if rates.get(name, 1) else _NOTHING) for name, why in refusals.items()}
+    able = [name for name, why in reasons.items() if not why]
+    unable = "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)
+    if not able:
+        raise DataError(f"nothing here can decode this data{unable}")
     if len(able) == 1:
         return Choice(able[0], f"the only one that can read this data here{unable}")
-    best = max(able, key=lambda name: rates[name])
-    listed = ", ".join(f"{name} {rate:.1f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
-    return Choice(best, f"fastest on this data, samples a second: {listed}{unable}")
+    listed = ", ".join(f"{name} {rates[name]:.1f}" for name in sorted(able, key=lambda name: -rates[name]))
+    return Choice(max(able, key=lambda name: rates[name]), f"fastest on this data, samples a second: {listed}{unable}")
 
 
 def _trial(config: Config, samplers: dict[Stream, Sampler], backend: Backend) -> float:
@@ -260,11 +263,10 @@ class StepLoader:
         return {stream: len(sampler) * self.config.data.views for stream, sampler in self._samplers.items()}
 
     def views(self, stream: Stream) -> dict[str, Any]:
-        """What decides a stream's fixed views, as plain data: the files' names and sizes, the cut, the decoder."""
+        """What decides a stream's fixed views, as JSON takes it: the files' names and sizes, the cut, the decoder."""
         keys = ["crop", "short_side", "flip", "views", "backend"]
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
         values = {f"data.{key}": getattr(self.config.data, key) for key in keys}
-        values["data.short_side"] = list(self.config.data.short_side)  # as JSON gives it back
         return {"fingerprint of the files": self._samplers[stream].manifest.fingerprint(), **values}
 
     def _step(self) -> int:

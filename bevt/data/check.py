@@ -40,6 +40,7 @@ CATEGORIES = {
     "wrong range": Category("error", "correct the list, or fetch the video that it was written for", OUTSIDE),
     "changed": Category("error", "index the source again (`bevt data index`)"),
     "listed but missing": Category("error", "fetch it, or take it off the list", MISSING),
+    "bad label": Category("warning", "pretraining needs none; mend the file: a number, a text, or json with a label"),
     "variable rate": Category("warning", "equal strides are not equal times: re-encode (ffmpeg -fps_mode cfr)"),
     "sparse key frames": Category("warning", "a late clip decodes all frames before it: re-encode (ffmpeg -g 48)"),
     "duplicates": Category("warning", "keep one of them"),
@@ -65,7 +66,8 @@ def check(
     """What is wrong with the files, worst first. Reads only files that have the size of another one.
 
     `span`: source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted. 0: not checked.
-    `whole`: every frame of every file is decoded, where indexing decodes both ends; `progress` gets (done, in all).
+    `whole`: every file is decoded to its end, where indexing decodes both ends of a video; `progress` gets (files done,
+    files in all).
     """
     problems, there = [], []
     by_size: dict[Hashable, list[int]] = defaultdict(list)
@@ -77,11 +79,12 @@ def check(
             if all(CATEGORIES[problem.category].severity != "error" for problem in found):
                 there.append(entry)
     if whole:
-        for done, entry in enumerate(probe_all(manifest.root, manifest.kind, there, cores(), decode), 1):
+        once = list({manifest.file(entry): entry for entry in there}.values())  # a file may have several ranges
+        for done, entry in enumerate(probe_all(manifest.root, manifest.kind, once, cores(), decode), 1):
             if entry.error is not None:
                 problems.append(Problem(_category(entry.error), entry.path, entry.error))
             if progress:
-                progress(done, len(there))
+                progress(done, len(once))
     problems += _duplicates(manifest, [group for group in by_size.values() if len(group) > 1])
     order = list(CATEGORIES)
     return sorted(problems, key=lambda problem: (order.index(problem.category), problem.path))
@@ -115,6 +118,8 @@ def _problems(manifest: Manifest, entry: Entry, span: int) -> Iterator[tuple[str
     if (problem := changed(manifest, entry)) is not None:
         yield problem
         return
+    if entry.mislabelled:
+        yield "bad label", "the .cls or .json beside it holds neither a number nor a text"
     if entry.variable_rate:
         yield "variable rate", "the time from frame to frame varies by more than a tenth"
     if entry.key_interval > SPARSE_KEYS:

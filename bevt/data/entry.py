@@ -59,6 +59,8 @@ class Entry:
     timing: tuple[int, float] | None = None
     """(timestamp of frame 0, ticks from one frame to the next), where round((timestamp - first) / ticks) is the number
     of every frame and seeking can be relied on; else None."""
+    mislabelled: bool = False
+    """The label file beside it, in an archive, holds neither a number nor a text."""
     turns: int = 0
     """Quarter turns, counter-clockwise, that bring decoded frames upright; 0 for images, whose EXIF says it."""
 

@@ -248,7 +248,10 @@ def index(
         raise DataError(f"no {kind} in {path}: looked for {' '.join(EXTENSIONS[kind])}, in its tar archives too")
     total = len(entries) + len(todo)
     if todo:
-        log = open(partial, "ab") if partial else None  # noqa: SIM115
+        try:
+            log = open(partial, "ab", buffering=0) if partial else None  # noqa: SIM115
+        except OSError as error:
+            raise DataError(_unwritten(partial, error, "nothing")) from error
         try:
             if log and log.tell():
                 log.write(b"\n")  # what a killed run has torn ends here
@@ -257,9 +260,10 @@ def index(
                 if log:
                     try:
                         log.write(dump(entry))
-                        log.flush()
                     except OSError as error:
-                        raise DataError(_unwritten(partial, error, f"{len(entries) - 1} of {total} files")) from error
+                        raise DataError(
+                            _unwritten(partial, error, f"the work on {len(entries) - 1} of {total} files")
+                        ) from error
                 if progress:
                     progress(len(entries), total)
         except KeyboardInterrupt:
@@ -372,7 +376,7 @@ def _compare(
                 and not passing(before)
                 and (before.bytes, before.mtime_ns, before.offset) == (new.bytes, new.mtime_ns, new.offset)
             ):
-                entries.append(before if before.label == new.label else replace(before, label=new.label))
+                entries.append(replace(before, label=new.label, mislabelled=new.mislabelled))
             else:
                 todo.append(new)
     return entries, todo, shards

@@ -18,7 +18,7 @@ from typing import Any
 from bevt.data import DataError
 from bevt.data.entry import Entry, Kind, located
 from bevt.data.files import CLOSED, MOST_PIXELS, File, ReadError
-from bevt.data.processes import context, initialize, undisturbed
+from bevt.data.processes import context, initialize_pool, undisturbed
 from bevt.data.sources import CUT
 
 MOST_FRAMES = 1_000_000
@@ -95,7 +95,7 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int, look: L
     chunks = deque(entries[i : i + size] for i in range(0, len(entries), size))
     while chunks:
         running: dict[Future[list[Entry]], list[Entry]] = {}
-        with ProcessPoolExecutor(workers, mp_context=context(), initializer=initialize) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context(), initializer=initialize_pool) as pool:
             try:
                 while chunks or running:
                     # Few at a time: when a process dies, nobody can tell on which of those that were handed out.
@@ -121,7 +121,7 @@ def _probe_singly(root: str, kind: Kind, entries: list[Entry], look: Look) -> It
     """As `probe_all`, one after the other in a process that may die of one."""
     left = deque(entries)
     while left:
-        with ProcessPoolExecutor(1, mp_context=context(), initializer=initialize) as pool:
+        with ProcessPoolExecutor(1, mp_context=context(), initializer=initialize_pool) as pool:
             try:
                 with undisturbed():
                     begun = pool.submit(int)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 
 def context() -> BaseContext:
@@ -37,12 +38,26 @@ def context() -> BaseContext:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """SIGTERM and SIGINT wait: a process that is half started when its parent ends prints a traceback."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    """SIGTERM and SIGINT wait for the end of the block: a process that is half started when its parent ends prints a
+    traceback. Processes started in it have both blocked.
+
+    The mask is the calling thread's; a signal that another thread takes runs its handler in the main thread all the
+    same, so the handlers are set aside too.
+    """
+    both = (signal.SIGTERM, signal.SIGINT)
+    waiting: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {each: signal.signal(each, lambda number, _: waiting.append(number)) for each in both}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, both)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
 
 
 def initialize(*_: object) -> None:
@@ -52,6 +67,12 @@ def initialize(*_: object) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where processes are spawned, nothing is blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def initialize_pool() -> None:
+    """`initialize` for a ProcessPoolExecutor, which ends its processes by SIGTERM when one of them has died."""
+    initialize()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_with_parent() -> None:

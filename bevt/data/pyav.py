@@ -108,8 +108,8 @@ def open_video(file: File, **options: str) -> tuple[Any, Any]:
     except av.error.InvalidDataError as error:
         cut = "cut off: the index of the MP4 (its moov atom) is missing"
         raise ReadError(file.name, cut if start[4:] == b"ftyp" else "not a video that FFmpeg recognises") from error
-    except (av.error.FFmpegError, OSError) as error:
-        raise ReadError(file.name, f"{CLOSED} ({error.strerror})") from error
+    except av.error.FFmpegError as error:
+        raise ReadError(file.name, f"FFmpeg does not open it ({error.strerror})") from error
     stream = container.streams.best("video")
     if stream is None:
         container.close()
@@ -179,7 +179,8 @@ def open_image(file: File) -> Image.Image:
         file.read(1)  # says so where it is empty
         raise ReadError(file.name, "not an image that Pillow recognises") from error
     except _PILLOW_ERRORS as error:
-        raise ReadError(file.name, f"{CLOSED} ({error})") from error
+        system = isinstance(error, OSError) and error.errno is not None
+        raise ReadError(file.name, f"{CLOSED if system else 'its header cannot be read'} ({error})") from error
 
 
 def upright(file: File, image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from bevt.data import DataError
-from bevt.data.processes import context, cores, initialize
+from bevt.data.processes import context, cores, initialize_pool
 
 VERSION = 1
 """Of the pictures: it changes with any change to what is drawn or encoded."""
@@ -187,7 +187,7 @@ def ensure(
     if any(path.suffix != ".jpg" for path, _ in jobs):
         _require_encoders()
     jobs.sort(key=lambda job: job[0].suffix, reverse=True)  # the slow ones first
-    with ProcessPoolExecutor(cores(), mp_context=context(), initializer=initialize) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=context(), initializer=initialize_pool) as pool:
         for done, _ in enumerate(pool.map(_write, jobs, chunksize=4), 1):
             if progress:
                 progress(done, len(jobs))

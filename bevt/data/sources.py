@@ -16,7 +16,7 @@ Read as they are, and told apart by content:
   whose `start_frame` is 0, as public conversion scripts take it.
 - Tar archives, uncompressed, as WebDataset writes them (webdataset.github.io): members with the same name up to the
   first dot of its last part are one sample; `.cls` (text) or `.json` (its `label`) beside a video or image labels it,
-  else the folder in the archive. Where those are no number and no text, the sample has no label, and the log says so.
+  else the folder in the archive. Where those are no number and no text, the sample has no label (`Entry.mislabelled`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 import re
 import stat
@@ -38,8 +37,6 @@ from bevt.data.entry import EXTENSIONS, Entry, Kind
 from bevt.data.files import CLOSED
 
 Label = str | int | None
-
-_log = logging.getLogger("bevt.data")
 
 ARCHIVE = ".tar"
 
@@ -55,6 +52,8 @@ _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\
 COMPRESSED = "a compressed archive"
 """How the error of one begins."""
 _ADVICE = f"{COMPRESSED}, whose members cannot be found by their place: decompress it (gunzip, zstd -d) to .tar"
+
+_LINK = "a link inside the archive, or a file with holes: pack the file itself"
 
 _LABELS = ("labels.json", "something-something-v2-labels.json")
 
@@ -171,7 +170,7 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
                     if name.startswith("."):
                         continue
                     if not member.isreg() or member.issparse():
-                        if name.lower().endswith(EXTENSIONS[kind]):
+                        if name.lower().endswith(EXTENSIONS[kind]) and not member.isdir():
                             odd.append(f"{archive.path}/{os.path.join(folder, name)}")
                         continue
                     stem, _, extension = name.lower().rpartition(".")
@@ -192,29 +191,28 @@ def members(root: Path, archive: Found, kind: Kind) -> list[Entry]:
         error = f"{CUT} or damaged after {len(found)} {kind} ({problem})"
     entries = [] if error is None else [archive._replace(error=error).entry()]
     entries += [Entry(name, 0, archive.mtime_ns, _LINK, shard=archive.path) for name in odd]
-    unlabelled = []
     for key, folder, name, offset, length in found:
         wrong = None if length else "the file is empty (0 bytes)"  # which `File` would take for the rest of the archive
+        mislabelled = False
         try:
             label = _label(labels, key)
             if label is None:
                 label = archive.label if archive.label is not None else os.path.basename(folder) or None
         except (ValueError, RecursionError):
-            label = None
-            unlabelled.append(name)
+            label, mislabelled = None, True
         entries.append(
-            Entry(f"{archive.path}/{name}", length, archive.mtime_ns, wrong, label, shard=archive.path, offset=offset)
+            Entry(
+                f"{archive.path}/{name}",
+                length,
+                archive.mtime_ns,
+                wrong,
+                label,
+                shard=archive.path,
+                offset=offset,
+                mislabelled=mislabelled,
+            )
         )
-    if unlabelled:
-        _log.warning(
-            "%s: the label files (.cls or .json) of %d members, %s the first, hold neither a number nor a text: they "
-            "have no label",
-            os.path.join(root, archive.path), len(unlabelled), unlabelled[0],
-        )  # fmt: skip
     return entries
-
-
-_LINK = "a link inside the archive, or a file with holes: pack the file itself"
 
 
 class _Unusable(Exception):
@@ -314,9 +312,9 @@ def _checked(path: Path, rows: Iterable[_Row]) -> list[Found]:
 def _read(path: Path) -> tuple[str, Literal["lines", "kinetics", "json"]]:
     """The text of a list or an annotation file, and what it is."""
     try:
-        content = path.read_bytes()
-        binary = b"\0" in content[:4096]
-        text = "" if binary else content.decode("utf-8-sig")
+        with open(path, "rb") as file:
+            binary = b"\0" in file.read(4096)  # not all of a large video
+        text = "" if binary else path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"the list {path} cannot be opened ({error.strerror})") from error
     except UnicodeDecodeError:
@@ -360,22 +358,25 @@ def _lines(path: Path, text: str) -> Iterator[_Row]:
                 name = ""
         if not name or "\0" in name:
             raise DataError(f"{path}, line {number}: {line!r} is not `path label` (a file, then a whole number)")
-        row = _Row(f"line {number}", _stat(root, name, label))
-        if row.found.error and not name.lower().endswith(_NAMED):  # what there is may be called anything
-            _refuse_label(path, number, name)
-        yield row
+        found = _stat(root, name, label)
+        if found.error and not name.lower().endswith(_NAMED):  # what there is may be called anything
+            _refuse(path, number, line, name, header=number == 1 and label is None)
+        yield _Row(f"line {number}", found)
 
 
-def _refuse_label(path: Path, number: int, name: str) -> None:
-    """Raise DataError where the name of a file that is not there is one with a label that is no whole number, or the
-    header of a table.
-    """
-    match = re.fullmatch(r"(.*\S)\s*[\s,]\s*(\S*)", name)
-    if match and match[1].rstrip('",').lower().endswith(_NAMED):
+def _refuse(path: Path, number: int, line: str, name: str, header: bool) -> None:
+    """Raise DataError where a line names a file that is not there because it has another form than `path label`."""
+    match = re.fullmatch(r"(.*\S)\s*[\s,;]\s*(\S*)", name)
+    if match and match[1].rstrip('",;').lower().endswith(_NAMED):
+        if re.fullmatch(_NUMBER, match[2]):
+            raise DataError(
+                f"{path}, line {number}: {line!r} is not `path label`: a file and a whole number, with blanks, a tab "
+                "or a comma between them, and nothing more"
+            )
         raise DataError(f"{path}, line {number}: the label {match[2]!r} is not a whole number of at most 18 digits")
-    if number == 1 and match:
+    if match and header:
         raise DataError(
-            f"{path}, line 1: {name!r} is not `path label` (a file, then a whole number); if it is a header, delete it"
+            f"{path}, line 1: {line!r} is not `path label` (a file, then a whole number); if it is a header, delete it"
         )
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from bevt.config import Config, ConfigError
 from bevt.tokenizers import Tokenizer
 
-FORMAT = "bevt tokens 1"
+FORMAT = "bevt tokens 2"
 HEADER = 4096
 """Bytes before the first record."""
 
@@ -56,7 +56,7 @@ class TokenStore:
         """
         self.path = path
         self._row = np.dtype([("codes", "<u2", grid), ("check", "<u4")])
-        header = {"format": FORMAT, **identity, "slots": slots, "frames": frames, "grid": list(grid)}
+        header = {"format": FORMAT, **identity, "slots": slots, "frames": frames, "grid": grid}
         size = HEADER + slots * frames * self._row.itemsize
         if path.parent.exists() and not path.parent.is_dir():
             raise ConfigError(f"tokenizer.cache: {path.parent} is a file; name a folder")
@@ -117,6 +117,7 @@ def _make(path: Path, header: str, size: int) -> None:
 
 def _check(path: Path, header: dict[str, Any], block: bytes, size: int, expected: int) -> None:
     """Raise ConfigError where a file of `size` bytes that starts with `block` is not the store of `header`."""
+    header = json.loads(json.dumps(header))  # as it comes out of a file
     try:
         found = json.loads(block)
         if found["format"] != FORMAT:

@@ -190,6 +190,9 @@ def _train(
         last = save(step)
     loader.close()
     stop.end()
+    if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them
+        display.note(f"the run is complete and kept in {last}; --resume evaluates it")
+        signal.raise_signal(stop.number or signal.SIGTERM)
     evaluation: dict[str, float] = {}
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
         try:
@@ -372,7 +375,13 @@ class Stop:
     """Context in which SIGTERM and SIGINT ask the loop to end after its step, a second SIGINT at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number = 0
+        """The first signal that came."""
+
+    @property
+    def requested(self) -> bool:
+        """One has come."""
+        return self.number != 0
 
     def __enter__(self) -> Stop:
         self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -381,7 +390,7 @@ class Stop:
     def _request(self, signum: int, frame: object) -> None:
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.number = self.number or signum
         # os.write: a print could interrupt one that is under way.
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more abandons it\n")
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -88,12 +89,12 @@ def test_interrupted_indexing_is_resumed(clips: Path, tmp_path: Path, monkeypatc
 def test_unwritable_folder_uses_the_user_cache(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And the log says where."""
+    """And the log says where, once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    open_source(str(clips), "clips")
+    assert open_source(str(clips), "clips") == open_source(str(clips), "clips")
     (kept,) = (tmp_path / "cache" / "bevt").glob("manifest_clips_*.jsonl")
-    assert f"its manifest is kept in {kept}" in caplog.text
+    assert caplog.text.count(f"its manifest is kept in {kept}") == 1
     assert not (clips / ".bevt_manifest_clips.jsonl").exists()
 
 
@@ -260,16 +261,30 @@ def test_a_disk_that_takes_no_manifest(clips: Path, monkeypatch: pytest.MonkeyPa
     assert len(index(str(clips), "clips", cache=clips / "m.jsonl", workers=1).entries) == 2
 
 
-def test_an_unwritable_folder_is_named_once(
-    clips: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """Its manifest goes to the user's cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    first, second = (open_source(str(clips), "clips") for _ in range(2))
-    assert first == second
-    assert len(list((tmp_path / "cache" / "bevt").glob("manifest_clips_*.jsonl"))) == 1
-    assert caplog.text.count("is not writable: its manifest is kept in") == 1
+def test_a_disk_that_takes_no_more_lines(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are limited to the size of one line: the second is refused, the first is kept."""
+    with monkeypatch.context() as patch:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        real, lines = manifest.dump, []
+
+        def dump(entry: Entry) -> bytes:
+            lines.append(real(entry))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(lines[0]), limits[1]))
+            return lines[-1]
+
+        patch.setattr(manifest, "dump", dump)
+        try:
+            with pytest.raises(
+                DataError, match=r"m\.jsonl\.partial3 cannot be written \(File too large\): make .* the work on 1 of 2"
+            ):
+                index(str(clips), "clips", cache=clips / "m.jsonl", workers=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    probed: list[str] = []
+    real_probe = probe.probe
+    monkeypatch.setattr(manifest, "probe", lambda *asked: probed.append(asked[2].path) or real_probe(*asked))
+    assert len(index(str(clips), "clips", cache=clips / "m.jsonl", workers=1).entries) == 2
+    assert len(probed) == 1
 
 
 def test_an_unchanged_folder_is_only_listed(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:

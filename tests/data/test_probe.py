@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from fractions import Fraction
@@ -195,7 +198,7 @@ def test_pictures_that_declare_a_huge_size(tmp_path: Path) -> None:
     assert errors.pop("8192.png").startswith("cannot be decoded")
     assert errors.pop("8193.png") == "its header declares 8193x8193, more than 64 megapixels"
     for name, error in errors.items():  # Pillow itself refuses above 179 megapixels, on opening
-        assert error.startswith("cannot be opened (Image size (3600000000 pixels)"), (name, error)
+        assert error.startswith("its header cannot be read (Image size (3600000000 pixels)"), (name, error)
 
 
 def test_videos_that_declare_a_huge_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +267,31 @@ def test_a_file_that_kills_its_process() -> None:
     assert {entry.path: entry.error for entry in entries if entry.error} == dict.fromkeys(
         ("deadly03.mp4", "deadly30.mp4"), "the process that probed it died: the decoder crashed, or memory ran out"
     )
+
+
+def _waits(root: str, kind: Kind, entry: Entry) -> Entry:
+    """In place of `probe`: the first time, one file keeps its process busy for ever, and says which one that is."""
+    note = Path(root) / "process"
+    if entry.path == "slow.mp4" and not note.exists():
+        note.write_text(str(os.getpid()))
+        time.sleep(600)
+    return Entry(entry.path, 1, 1, frames=1)
+
+
+@pytest.mark.timeout(60)
+def test_an_idle_process_that_dies(tmp_path: Path) -> None:
+    """As the kernel kills one when memory runs out: it held the lock of the queue, for which the others wait."""
+    names = ["slow.mp4", *(f"{i}.mp4" for i in range(8))]
+    before = set(multiprocessing.active_children())
+    running = probe.probe_all(str(tmp_path), "clips", [Entry(name, 1, 1) for name in names], 2, _waits)
+    found = [next(running).path for _ in range(8)]
+    busy = int((tmp_path / "process").read_text())
+    (idle,) = (child for child in multiprocessing.active_children() if child not in before and child.pid != busy)
+    time.sleep(0.2)  # it waits for work by now
+    assert idle.pid is not None
+    os.kill(idle.pid, signal.SIGKILL)
+    found += [entry.path for entry in running]
+    assert sorted(found) == sorted(names)
 
 
 def test_a_strip_is_refused(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_sizes_of_a_run(tmp_path: Path) -> None:
     sizes = {entry.name: entry.stat().st_size - HEADER for entry in tmp_path.glob("*.tokens")}
     assert sizes == {"clips.tokens": 3 * 16 * 396, "images.tokens": 7 * 396}
     assert json.loads((tmp_path / "images.tokens").read_bytes()[:HEADER]) == {
-        "format": "bevt tokens 1",
+        "format": "bevt tokens 2",
         "stream": "images",
         "data.crop": 2,
         "digest of the tokenizer": "vq 1",

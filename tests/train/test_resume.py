@@ -179,6 +179,33 @@ def test_a_stop_between_two_rows(config: Config, tmp_path: Path, monkeypatch: py
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
+def test_a_stop_in_the_last_step(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is complete, what would follow does not begin: the signal goes on to whoever had it before."""
+
+    def step(self: Display, steps: int) -> None:
+        if steps == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def told(*_: object) -> None:
+        raise InterruptedError
+
+    scored = changed(config, data={"val_images": config.data.images})
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "step", step)
+            with pytest.raises(InterruptedError):
+                pretrain(scored, tmp_path / "run", quiet=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.name == "step_00000006.pt"
+    assert not (tmp_path / "run" / "pictures").exists()
+    assert pretrain(scored, tmp_path / "run", resume=True, quiet=True).evaluation
+    assert (tmp_path / "run" / "pictures").exists()
+
+
 def test_signal_handlers_are_put_back(finished: Path) -> None:
     """After a run, Ctrl-C is Python's again."""
     assert finished.exists()

@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -53,7 +54,9 @@ USAGE = """usage: bevt COMMAND ...
   budget RECIPE           multiply-adds, parameters, memory and hours of a recipe
   doctor                  what this installation can do, and what is missing
 
-bevt COMMAND --help says more.
+bevt COMMAND --help says more. Exit status 0: all is well; 1: what was looked for is not so; 2: a mistake, with a
+message; 3: Ctrl-C or SIGTERM stopped training after a step, to be continued with --resume; 130, 143: they stopped
+something else.
 """
 
 
@@ -137,7 +140,8 @@ class DataIndexArgs:
     """
 
     source: tyro.conf.Positional[str]
-    """Folder (all levels), tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json."""
+    """Folder (all levels), tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json; of a manifest
+    (.jsonl) the counts are shown."""
     kind: Literal["auto", "clips", "images"] = "auto"
     """`clips` are videos; `auto`: what the source holds more of."""
     out: Path | None = None
@@ -157,7 +161,7 @@ class DataCheckArgs:
     span: int = 121
     """Source frames that a clip covers, (frames - 1) * stride + 1; shorter videos are noted."""
     whole: bool = False
-    """Decode every file to its end: indexing decodes both ends of a video, and does not see damage in its middle."""
+    """Decode every file to its end: what the decoder notices in the middle of a video, which indexing does not see."""
     most: int = 20
     """Files of each kind of problem that are named."""
 
@@ -369,12 +373,17 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
     from bevt.train.metrics import counting
 
     if source.endswith(".jsonl"):
-        return Manifest.load(source)
+        manifest = Manifest.load(source)
+        if kind not in ("auto", manifest.kind):
+            raise ConfigError(f"--kind {kind}: {source} lists {manifest.kind}")
+        print(f"manifest: {source}, of {manifest.root}")
+        return manifest
     if not source:
         raise ConfigError("SOURCE is empty: name a folder, a tar archive, a list or a manifest (.jsonl)")
     chosen = guess_kind(source) if kind == "auto" else kind
     if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise ConfigError(f"--out {out} cannot be written: name a file in a folder that exists")
+        what = "is a folder" if out.is_dir() else "cannot be written"
+        raise ConfigError(f"--out {out} {what}: name a file in a folder that exists")
     cache = out or cache_path(Path(source), chosen)
     with counting(f"probing {chosen}") as progress:
         manifest = index(source, chosen, cache=cache, progress=progress)
@@ -420,7 +429,8 @@ def _dispatch(argv: list[str]) -> int:
     from bevt.recipes import RECIPES
 
     usage = USAGE.format(recipes=", ".join(RECIPES))
-    if not argv or argv[0] in ("-h", "--help"):
+    asked = bool(argv) and argv[-1] in ("-h", "--help")
+    if not argv or (asked and any(tuple(argv[:-1]) == words[: len(argv) - 1] for words in COMMANDS)):
         print(usage)
         return 0 if argv else 2
     given = " ".join(argv[:2])
@@ -438,23 +448,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        status = _dispatch(arguments)
-    except KeyboardInterrupt as interrupt:
-        status = 143 if isinstance(interrupt, _Terminated) else 130
-        print(f"bevt: {'terminated' if status == 143 else 'interrupted'}", file=sys.stderr)
-    except (UserError, OSError) as error:
-        print(f"bevt: {error}", file=sys.stderr)
-        status = 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    status = 0
+    with _Interrupts() as interrupts:
+        try:
+            status = _dispatch(arguments)
+        except BaseException as error:
+            if interrupts.status:  # whatever an interrupt becomes on its way out of a library, it was one
+                pass
+            elif isinstance(error, UserError | OSError):
+                print(f"bevt: {error}", file=sys.stderr)
+                status = 2
+            else:
+                raise
+        if interrupts.status:
+            print(f"bevt: {'interrupted' if interrupts.status == 130 else 'terminated'}", file=sys.stderr)
+            status = interrupts.status
     raise SystemExit(status)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, it ends what is under way, so that helper processes and shared memory are cleared away."""
+class _Interrupts:
+    """Context in which SIGINT and SIGTERM raise KeyboardInterrupt, so that helper processes and shared memory are
+    cleared away; a further one, which would interrupt that, is answered, and after PATIENCE seconds ends the process.
+    """
 
+    PATIENCE = 5.0
 
-def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
+    def __init__(self) -> None:
+        self.status = 0
+        """Exit status: 130 or 143 once a signal has come."""
+        self._since = 0.0
+
+    def __enter__(self) -> _Interrupts:
+        self._before = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self.status:  # else until the interpreter has ended
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if not self.status:
+            self.status, self._since = 128 + signum, time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._since > self.PATIENCE:
+            os._exit(self.status)
+        os.write(2, b"\nending; a signal after five seconds ends it at once\n")

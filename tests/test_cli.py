@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bevt import cli
 from bevt.cli import main
 from bevt.data import shapes
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
@@ -136,6 +138,26 @@ def test_exit_status_of_a_stopped_run(run: Run, tmp_path: Path, monkeypatch: pyt
     assert (status, out) == (3, f"stopped, to be continued with --resume, at step 3 of 10: {tmp_path / 'a.pt'}\n")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run("pretrain", "joint_stage", "--out", tmp_path)[0] == 0
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does that was writing a checkpoint."""
+
+    def interrupted(_: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos") from None
+        return 0
+
+    before = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    try:
+        status, _, err = run("doctor")
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+    assert (status, err) == (130, "bevt: interrupted\n")
 
 
 def test_a_clip_shorter_than_its_frames_loops(run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ class Manifest:
             raise DataError(f"cannot read the manifest {path} ({error.strerror})") from error
         except DataError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is not a manifest written by `bevt data index`") from error
 
 
@@ -233,6 +233,10 @@ def index(
     `error`, never an exception. Raises DataError where the path does not exist, holds no file of the kind, or is a list
     with a malformed line.
     """
+    partial = Path(f"{cache}.partial{VERSION}") if cache else None
+    for written in (Path(cache), partial) if cache and partial else ():
+        if written.is_dir():
+            raise DataError(f"{written} cannot be written, a folder lies there: remove it, or name another manifest")
     root, found = find(path, kind)
     listing = _digest(f"{tuple(item)!r}\n" for item in found)
     old = _kept(Path(cache), kind) if cache else None
@@ -240,9 +244,6 @@ def index(
     if old is not None and same and not any(passing(old.entries[number]) for number in old.unreadable.tolist()):
         return old
 
-    if cache and Path(cache).is_dir():
-        raise DataError(f"the manifest {cache} cannot be written, a folder lies there: remove it, or name another file")
-    partial = Path(f"{cache}.partial{VERSION}") if cache else None
     entries, todo, shards = _compare(root, kind, found, old, partial)
     if not entries and not todo:
         raise DataError(f"no {kind} in {path}: looked for {' '.join(EXTENSIONS[kind])}, in its tar archives too")

@@ -53,7 +53,7 @@ COMPRESSED = "a compressed archive"
 """How the error of one begins."""
 _ADVICE = f"{COMPRESSED}, whose members cannot be found by their place: decompress it (gunzip, zstd -d) to .tar"
 
-_LINK = "a link inside the archive, or a file with holes: pack the file itself"
+_LINK = "a link, or another thing without bytes of its own, in the archive: pack the file itself"
 
 _LABELS = ("labels.json", "something-something-v2-labels.json")
 
@@ -140,7 +140,11 @@ def guess_kind(source: str) -> Kind:
     if not any(counts.values()):
         if broken:  # an archive, compressed or damaged: indexing says which
             return "clips"
-        raise DataError(f"no clips or images in {source}: looked for {' '.join(sum(EXTENSIONS.values(), ()))}")
+        first = f", none of whose files ({names[0]!r} the first) is called like one" if names else ""
+        raise DataError(
+            f"no clips or images in {source}{first}: looked for {' '.join(sum(EXTENSIONS.values(), ()))}; if files "
+            "of other names are meant, say --kind clips or --kind images"
+        )
     return max(kinds, key=lambda kind: counts[kind])
 
 
@@ -226,7 +230,7 @@ def _label(labels: dict[tuple[str, str], bytes], key: str) -> Label:
         return int(text) if re.fullmatch(_NUMBER, text) else text or None
     content = json.loads(labels.get((key, "json"), b"null"))
     label = content.get("label") if isinstance(content, dict) else None
-    if label is not None and not isinstance(label, str | int):
+    if label is not None and (not isinstance(label, str | int) or label is True or label is False):
         raise ValueError(label)
     return label
 
@@ -345,12 +349,12 @@ def _rows(path: Path, kind: Kind | None) -> Iterator[_Row]:
 def _lines(path: Path, text: str) -> Iterator[_Row]:
     """`path label`, `path,label`, `path<tab>label` or `path`."""
     root = path.resolve().parent
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
         line = line.strip()
         if not line:
             continue
-        match = re.fullmatch(rf"(.*?)\s*[\s,]\s*({_NUMBER})", line)
-        name, label = (match[1], int(match[2])) if match else (line, None)
+        match = re.fullmatch(rf'(.*?)\s*[\s,]\s*("?)({_NUMBER})\2', line)
+        name, label = (match[1], int(match[3])) if match else (line, None)
         if name.startswith('"'):
             try:
                 (name,) = next(csv.reader([name], strict=True))
@@ -358,6 +362,7 @@ def _lines(path: Path, text: str) -> Iterator[_Row]:
                 name = ""
         if not name or "\0" in name:
             raise DataError(f"{path}, line {number}: {line!r} is not `path label` (a file, then a whole number)")
+        name = "/".join(part for part in name.split("/") if part != ".")
         found = _stat(root, name, label)
         if found.error and not name.lower().endswith(_NAMED):  # what there is may be called anything
             _refuse(path, number, line, name, header=number == 1 and label is None)

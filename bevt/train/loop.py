@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -197,8 +198,9 @@ def _train(
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
         try:
             evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
-        except DataError:
-            display.note(f"the run is complete and kept in {last}; with the data mended, --resume evaluates it")
+        except (DataError, KeyboardInterrupt) as error:
+            mended = "with the data mended, " if isinstance(error, DataError) else ""
+            display.note(f"the run is complete and kept in {last}; {mended}--resume evaluates it")
             raise
     assert last is not None
     return RunResult(step, steps, last, evaluation)
@@ -387,9 +389,10 @@ class Stop:
         self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _request(self, signum: int, frame: object) -> None:
+    def _request(self, signum: int, frame: FrameType | None) -> None:
         if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            before = self._old[signal.SIGINT]
+            (before if callable(before) else signal.default_int_handler)(signum, frame)
         self.number = self.number or signum
         # os.write: a print could interrupt one that is under way.
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more abandons it\n")

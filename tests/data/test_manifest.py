@@ -242,9 +242,19 @@ def test_a_manifest_of_version_1(clips: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_a_folder_where_the_manifest_goes(clips: Path) -> None:
     """Said before anything is probed."""
-    (clips / "m.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"m\.jsonl cannot be written, a folder lies there: remove it, or name another"):
-        index(str(clips), "clips", cache=clips / "m.jsonl")
+    for name in ("m.jsonl", "m.jsonl.partial3"):
+        (clips / name).mkdir()
+        with pytest.raises(
+            DataError, match=rf"{name} cannot be written, a folder lies there: remove it, or name another"
+        ):
+            index(str(clips), "clips", cache=clips / "m.jsonl")
+        (clips / name).rmdir()
+
+
+def test_a_manifest_that_is_hostile_json(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"m\.jsonl is not a manifest written by"):
+        Manifest.load(tmp_path / "m.jsonl")
 
 
 def test_a_disk_that_takes_no_manifest(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,8 @@ def test_links_in_an_archive_are_named(tmp_path: Path, pictures: dict[str, bytes
             tar.addfile(member)
     entries = index(str(path), "images", workers=1).entries
     assert {entry.path: entry.error for entry in entries if entry.error} == dict.fromkeys(
-        ("s.tar/a/9.jpg", "s.tar/b.png"), "a link inside the archive, or a file with holes: pack the file itself"
+        ("s.tar/a/9.jpg", "s.tar/b.png"),
+        "a link, or another thing without bytes of its own, in the archive: pack the file itself",
     )
     assert len(entries) == 6
 

@@ -12,6 +12,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its own library is decorated then
+    # torch's pool of compiler processes stood still for eight minutes once, and two tests at a time fill two cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if TYPE_CHECKING:
     from bevt.data import shapes

@@ -285,6 +285,8 @@ def test_an_idle_process_that_dies(tmp_path: Path) -> None:
     before = set(multiprocessing.active_children())
     running = probe.probe_all(str(tmp_path), "clips", [Entry(name, 1, 1) for name in names], 2, _waits)
     found = [next(running).path for _ in range(8)]
+    while not (tmp_path / "process").exists() or not (tmp_path / "process").read_text():
+        time.sleep(0.05)
     busy = int((tmp_path / "process").read_text())
     (idle,) = (child for child in multiprocessing.active_children() if child not in before and child.pid != busy)
     time.sleep(0.2)  # it waits for work by now

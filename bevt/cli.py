@@ -368,14 +368,12 @@ def _not_negative(**numbers: int) -> None:
 
 def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
-    from bevt.data.manifest import Manifest, cache_path, index
+    from bevt.data.manifest import Manifest, cache_path, index, probe_source
     from bevt.data.sources import guess_kind
     from bevt.train.metrics import counting
 
     if source.endswith(".jsonl"):
-        manifest = Manifest.load(source)
-        if kind not in ("auto", manifest.kind):
-            raise ConfigError(f"--kind {kind}: {source} lists {manifest.kind}")
+        manifest = Manifest.load(source) if kind == "auto" else probe_source(source, kind)
         print(f"manifest: {source}, of {manifest.root}")
         return manifest
     if not source:
@@ -453,13 +451,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             status = _dispatch(arguments)
         except BaseException as error:
-            if interrupts.status:  # whatever an interrupt becomes on its way out of a library, it was one
-                pass
-            elif isinstance(error, UserError | OSError):
+            if not interrupts.status:  # else, whatever it became on its way out of a library, it was an interrupt
+                if not isinstance(error, UserError | OSError):
+                    raise
                 print(f"bevt: {error}", file=sys.stderr)
                 status = 2
-            else:
-                raise
         if interrupts.status:
             print(f"bevt: {'interrupted' if interrupts.status == 130 else 'terminated'}", file=sys.stderr)
             status = interrupts.status

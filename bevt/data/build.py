@@ -319,14 +319,14 @@ def check_held_out(manifest: Manifest, backend: str, first: int | None = None) -
         if problem is not None:
             bad.append((manifest.locate(entry), problem[1]))
     if bad:
-        raise DataError(_refused(bad, len(bad), len(manifest.entries)))
+        raise DataError(_refused(bad, len(manifest.entries)))
 
 
-def _refused(bad: list[tuple[str, str]], count: int, total: int) -> str:
-    """The message for held-out files that cannot be read: the first of them, (path, reason) each."""
+def _refused(bad: list[tuple[str, str]], total: int) -> str:
+    """The message for held-out files that cannot be read, (path, reason) each; it lists the first of them."""
     listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_LISTED])
-    more = f"\n  ... and {count - MOST_LISTED} more" if count > MOST_LISTED else ""
-    return f"{count} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"
+    more = f"\n  ... and {len(bad) - MOST_LISTED} more" if len(bad) > MOST_LISTED else ""
+    return f"{len(bad)} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"
 
 
 def eval_batches(
@@ -450,7 +450,7 @@ def _serve(
                 bad=tuple(bad),
             )
     if lost:
-        raise DataError(_refused(lost, len(lost), count))
+        raise DataError(_refused(lost, count))
 
 
 def _slots(requests: list[Request]) -> Tensor | None:

@@ -96,10 +96,8 @@ def changed(manifest: Manifest, entry: Entry) -> tuple[str, str] | None:
         status = os.stat(manifest.file(entry).path)
     except OSError as error:
         return "listed but missing", f"since it was indexed: {error.strerror}"
-    if (None if entry.shard else entry.bytes, entry.mtime_ns) != (
-        None if entry.shard else status.st_size,
-        status.st_mtime_ns,
-    ):
+    resized = not entry.shard and status.st_size != entry.bytes  # the size of a member is not that of its archive
+    if resized or status.st_mtime_ns != entry.mtime_ns:
         return "changed", "it has another size or time than when it was indexed"
     return None
 

@@ -16,7 +16,7 @@ import logging
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -249,22 +249,17 @@ def index(
         raise DataError(f"no {kind} in {path}: looked for {' '.join(EXTENSIONS[kind])}, in its tar archives too")
     total = len(entries) + len(todo)
     if todo:
-        try:
+        with _writing(partial, "nothing"):
             log = open(partial, "ab", buffering=0) if partial else None  # noqa: SIM115
-        except OSError as error:
-            raise DataError(_unwritten(partial, error, "nothing")) from error
         try:
             if log and log.tell():
-                log.write(b"\n")  # what a killed run has torn ends here
+                with _writing(partial, "what was found before"):
+                    log.write(b"\n")  # what a killed run has torn ends here
             for entry in probe_all(str(root), kind, todo, workers or cores(), probe):
                 entries.append(entry)
                 if log:
-                    try:
+                    with _writing(partial, f"the work on {len(entries) - 1} of {total} files"):
                         log.write(dump(entry))
-                    except OSError as error:
-                        raise DataError(
-                            _unwritten(partial, error, f"the work on {len(entries) - 1} of {total} files")
-                        ) from error
                 if progress:
                     progress(len(entries), total)
         except KeyboardInterrupt:
@@ -277,21 +272,24 @@ def index(
     entries.sort(key=lambda entry: (entry.path, entry.start, entry.end))
     manifest = Manifest(kind, str(root), tuple(entries), listing, shards)
     if cache:
-        try:
+        with _writing(cache, "what was found"):
             manifest.save(cache)
-        except OSError as error:
-            raise DataError(_unwritten(cache, error, "what was found")) from error
         manifest = Manifest.load(cache)  # which needs a hundredth of the memory
     if partial:
         partial.unlink(missing_ok=True)
     return manifest
 
 
-def _unwritten(path: Path | str | None, error: OSError, kept: str) -> str:
-    return (
-        f"{path} cannot be written ({error.strerror}): make room there, or name another place with `bevt data index "
-        f"--out`; {kept} is kept, and indexing again goes on from there"
-    )
+@contextlib.contextmanager
+def _writing(path: Path | str | None, kept: str) -> Iterator[None]:
+    """An OSError of the block is a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}): make room there, or name another place with `bevt data "
+            f"index --out`; {kept} is kept, and indexing again goes on from there"
+        ) from error
 
 
 def cache_path(source: Path, kind: Kind) -> Path:

@@ -8,7 +8,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ from typing import Any
 from bevt.data import DataError
 from bevt.data.entry import Entry, Kind, located
 from bevt.data.files import CLOSED, MOST_PIXELS, File, ReadError
-from bevt.data.processes import context, initialize_pool, undisturbed
+from bevt.data.processes import pool, undisturbed
 from bevt.data.sources import CUT
 
 MOST_FRAMES = 1_000_000
@@ -95,13 +95,13 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int, look: L
     chunks = deque(entries[i : i + size] for i in range(0, len(entries), size))
     while chunks:
         running: dict[Future[list[Entry]], list[Entry]] = {}
-        with ProcessPoolExecutor(workers, mp_context=context(), initializer=initialize_pool) as pool:
+        with pool(workers) as processes:
             try:
                 while chunks or running:
                     # Few at a time: when a process dies, nobody can tell on which of those that were handed out.
                     with undisturbed():
                         while chunks and len(running) < 2 * workers:
-                            running[pool.submit(_probe_some, root, kind, chunks[0], look)] = chunks[0]
+                            running[processes.submit(_probe_some, root, kind, chunks[0], look)] = chunks[0]
                             chunks.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         yield from future.result()
@@ -109,7 +109,7 @@ def probe_all(root: str, kind: Kind, entries: list[Entry], workers: int, look: L
             except BrokenProcessPool:
                 pass  # what it leaves in `running` is probed below
             finally:
-                pool.shutdown(cancel_futures=True)
+                processes.shutdown(cancel_futures=True)
         yield from _probe_singly(root, kind, [entry for chunk in running.values() for entry in chunk], look)
 
 
@@ -121,10 +121,10 @@ def _probe_singly(root: str, kind: Kind, entries: list[Entry], look: Look) -> It
     """As `probe_all`, one after the other in a process that may die of one."""
     left = deque(entries)
     while left:
-        with ProcessPoolExecutor(1, mp_context=context(), initializer=initialize_pool) as pool:
+        with pool(1) as processes:
             try:
                 with undisturbed():
-                    begun = pool.submit(int)
+                    begun = processes.submit(int)
                 begun.result()
             except BrokenProcessPool as error:
                 raise DataError(
@@ -133,7 +133,7 @@ def _probe_singly(root: str, kind: Kind, entries: list[Entry], look: Look) -> It
                 ) from error
             try:
                 while left:
-                    yield pool.submit(look, root, kind, left[0]).result()
+                    yield processes.submit(look, root, kind, left[0]).result()
                     left.popleft()
             except BrokenProcessPool:
                 yield replace(left.popleft(), error=_DIED)

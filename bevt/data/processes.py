@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -69,8 +70,14 @@ def initialize(*_: object) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def initialize_pool() -> None:
-    """`initialize` for a ProcessPoolExecutor, which ends its processes by SIGTERM when one of them has died."""
+def pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of helper processes. Its semaphores would leak where a signal comes while they are made."""
+    with undisturbed():
+        return ProcessPoolExecutor(workers, mp_context=context(), initializer=_initialize_pool)
+
+
+def _initialize_pool() -> None:
+    """`initialize`, and SIGTERM as it was: by it a pool ends its processes when one of them has died."""
     initialize()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from bevt.data import DataError
-from bevt.data.processes import context, cores, initialize_pool
+from bevt.data.processes import cores, pool
 
 VERSION = 1
 """Of the pictures: it changes with any change to what is drawn or encoded."""
@@ -187,8 +186,8 @@ def ensure(
     if any(path.suffix != ".jpg" for path, _ in jobs):
         _require_encoders()
     jobs.sort(key=lambda job: job[0].suffix, reverse=True)  # the slow ones first
-    with ProcessPoolExecutor(cores(), mp_context=context(), initializer=initialize_pool) as pool:
-        for done, _ in enumerate(pool.map(_write, jobs, chunksize=4), 1):
+    with pool(cores()) as processes:
+        for done, _ in enumerate(processes.map(_write, jobs, chunksize=4), 1):
             if progress:
                 progress(done, len(jobs))
     with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:

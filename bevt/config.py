@@ -164,6 +164,8 @@ class OptimConfig:
     """Linear warm-up, in epochs."""
     warmup_factor: float = 0.1
     """The warm-up starts at this share of `lr`."""
+    impl: Literal["torch", "apex"] = "torch"
+    """PyTorch's fused AdamW, or NVIDIA apex's FusedAdam (CUDA only; apex built with its CUDA extensions)."""
     max_steps: int = 0
     """Where above 0: the run's length in optimizer steps, in place of `epochs`; the warm-up keeps its share."""
 
@@ -182,8 +184,18 @@ class TrainConfig:
     """Images in one forward pass of one device."""
     loss_weight: float = 1.0
     """Lambda: weight of the video stream's loss against the image stream's."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the matrix products (autocast); parameters and optimizer stay float32."""
+    precision: Literal["float64", "float32", "bfloat16"] = "bfloat16"
+    """Type of the matrix products. `bfloat16` is autocast's: parameters, norms and losses stay float32. `float64`, for
+    checking numerics, is of everything, with plain PyTorch in place of the kernels."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Whether torch.compile fuses what surrounds the kernels. `auto`: yes on CUDA, else no."""
+    cuda_graphs: bool = False
+    """Replay the compiled encoder's launches as CUDA graphs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: `ddp` keeps the model whole in each, `fsdp` (FSDP2) shards it, its gradients and moments."""
+    memory_budget: float = 0.0
+    """GiB of one device: blocks are run again in the backward pass, as few as keep the predicted peak below it (`bevt
+    budget`). 0: none."""
     seed: int = 0
     """Everything random in the run follows from it and the step."""
     log_every: int = 20
@@ -206,6 +218,9 @@ class Config:
 
     recipe: str = "custom"
     """Name of the recipe this came from."""
+    path: Literal["fused", "reference"] = "fused"
+    """`reference` computes the same the way the official code does: every frame tokenised, every position decoded,
+    attention materialised, nothing compiled or fused. Slow: it is what the other is measured against."""
     init: str = ""
     """Checkpoint of this project, image stage or later, whose weights start the run; empty: random weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -317,6 +332,21 @@ def check(config: Config) -> None:
             "tokenizer.cache keeps codes of one decoder's pixels, and data.backend 'auto' may take another one every "
             "time: name it ('pyav', say)"
         )
+    if config.path == "reference":
+        fused = {
+            "train.compile": t.compile == "yes",
+            "train.cuda_graphs": t.cuda_graphs,
+            "train.memory_budget": bool(t.memory_budget),
+            "optim.impl": o.impl != "torch",
+            "model.attention_impl": m.attention_impl != "auto",
+            "model.loss_impl": m.loss_impl != "auto",
+            "tokenizer.cache": bool(config.tokenizer.cache),
+        }
+        for key, chosen in fused.items():
+            if chosen:
+                raise ConfigError(f"{key} has no meaning with path 'reference', which is plain PyTorch: leave it out")
+    if t.cuda_graphs and t.compile == "no":
+        raise ConfigError("train.cuda_graphs needs the compiled encoder: set train.compile to 'yes' or 'auto'")
     if o.warmup_epochs > o.epochs:
         raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
 
@@ -367,6 +397,7 @@ def _check_ranges(config: Config) -> None:
         "train.images": t.images,
         "train.loss_weight": t.loss_weight,
         "train.threads": t.threads,
+        "train.memory_budget": t.memory_budget,
         "train.seed": t.seed,
         "train.eval_clips": t.eval_clips,
         "train.eval_images": t.eval_images,

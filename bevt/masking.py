@@ -1,7 +1,7 @@
 """Every mask of the paper (section 3.2, Table 9), a whole batch at a time.
 
-A mask is a function of its own seed and nothing else: all random numbers are SplitMix64 outputs at fixed counters, so
-it does not matter which samples share a batch, how many workers draw, or in which order.
+A mask is a function of its own seed and nothing else: all random numbers are `bevt.draws` at fixed counters, so it
+does not matter which samples share a batch, how many workers draw, or in which order.
 
 Letters: B samples, d depth of the token grid (frames / 2), h x w patches of a frame, n masks drawn together.
 """
@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bevt import draws
 from bevt.config import ConfigError, MaskConfig
 
 TRIES = 10
@@ -54,21 +55,21 @@ def generate(config: MaskConfig, seeds: np.ndarray, grid: tuple[int, int, int]) 
     if seeds.ndim != 1 or seeds.dtype.kind not in "iu":
         raise ValueError(f"seeds must be a vector of integers, got shape {seeds.shape}, {seeds.dtype}")
     d, h, w = grid
-    keys = _mix(seeds.astype(np.uint64))
+    keys = draws.keys(seeds)
     if config.kind == "random_3d":
         count = capacity(config, grid)
-        order = np.argpartition(_draw(_stream(keys, _SPACE), np.arange(d * h * w)), count - 1, axis=1)
+        order = np.argpartition(draws.bits(draws.sequence(keys, _SPACE), np.arange(d * h * w)), count - 1, axis=1)
         mask = np.zeros((len(keys), d * h * w), bool)
         np.put_along_axis(mask, order[:, :count], True, axis=1)
         return mask.reshape(-1, d, h, w)
     if config.kind == "block":
-        return _blocks(config, _stream(keys, _SPACE), h, w)[:, None]
-    frames = _frames(config, _stream(keys, _TIME), d)
+        return _blocks(config, draws.sequence(keys, _SPACE), h, w)[:, None]
+    frames = _frames(config, draws.sequence(keys, _TIME), d)
     if config.kind == "frame_diff":
         mask = np.zeros((len(keys), d, h, w), bool)
-        mask[frames] = _blocks(config, _stream(keys[:, None], _SPACE + np.arange(d))[frames], h, w)
+        mask[frames] = _blocks(config, draws.sequence(keys[:, None], _SPACE + np.arange(d))[frames], h, w)
         return mask
-    return frames[:, :, None, None] & _blocks(config, _stream(keys, _SPACE), h, w)[:, None]
+    return frames[:, :, None, None] & _blocks(config, draws.sequence(keys, _SPACE), h, w)[:, None]
 
 
 def capacity(config: MaskConfig, grid: tuple[int, int, int]) -> int:
@@ -100,7 +101,7 @@ def _lengths(config: MaskConfig, d: int) -> tuple[int, int]:
 def _frames(config: MaskConfig, keys: np.ndarray, d: int) -> np.ndarray:
     """(B, d) bool: the frames that a mask touches."""
     shortest, longest = _lengths(config, d)
-    u = _uniform(keys, np.arange(2 + d))
+    u = draws.uniform(keys, np.arange(2 + d))
     length = shortest + _below(u[:, 0], longest - shortest + 1)
     if config.kind == "random_frame":
         rank = u[:, 2:].argsort(1, kind="stable").argsort(1)
@@ -120,7 +121,7 @@ def _blocks(config: MaskConfig, keys: np.ndarray, h: int, w: int) -> np.ndarray:
     remaining = np.full(len(keys), _limit(config, h, w))
     counter = np.arange(TRIES * 4)
     while live.size:
-        u = _uniform(keys[live], counter).reshape(-1, TRIES, 4)
+        u = draws.uniform(keys[live], counter).reshape(-1, TRIES, 4)
         rows, cols = _sides(config, u[..., 0], u[..., 1], remaining[live, None], h, w)
         top, left = _below(u[..., 2], h - rows + 1), _below(u[..., 3], w - cols + 1)
         added = rows * cols - _covered(mask[live], top, left, rows, cols)
@@ -168,28 +169,6 @@ def _interval(start: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:
     """(n, size) bool: start <= position < start + length."""
     position = np.arange(size) - start[:, None]
     return (position >= 0) & (position < length[:, None])
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea, Flood 2014; constants of Stafford's mix 13) on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _stream(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
-    """The key of each sample's independent sequence number `stream`; shapes broadcast."""
-    return _mix(keys + np.asarray(stream + 1, np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _draw(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """(n, k) uint64: numbers `counter` (k,) of each key's sequence."""
-    return _mix(keys[:, None] + (counter + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _uniform(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """(n, k) float64 in [0, 1), 53 random bits."""
-    return (_draw(keys, counter) >> np.uint64(11)) * 2.0**-53
 
 
 def _below(u: np.ndarray, bound: int | np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def test_joint_stage_is_the_official_configuration() -> None:
         ({"optim": 3}, "optim must be a group of keys, got 3"),
         ({"train": {"clips": 1.5}}, "train.clips must be int"),
         ({"train": {"clips": True}}, "train.clips must be int, got True"),
-        ({"train": {"precision": "float8"}}, "train.precision must be one of 'float32', 'bfloat16', got 'float8'"),
+        ({"train": {"parallel": "tp"}}, "train.parallel must be one of 'ddp', 'fsdp', got 'tp'"),
         ({"model": {"window_size": [7, 7]}}, "model.window_size must be a list"),
         ({"model": {"depths": [2, "2"]}}, r"model.depths\[1\] must be int, got '2'"),
     ],

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +25,12 @@ from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models import video_swin
 from bevt.models.bevt import BEVT, MaskedInput, Stream
+from bevt.models.reference import ReferenceBEVT
 from bevt.train.step import masked_inputs, slots_for
 
 BOTH = QUANTITIES[2]
 WindowFunction = Callable[[Tensor, Tensor, WindowCase], Tensor]
-Inputs = dict[str, MaskedInput]
-EAGER: WindowFunction = WINDOW_ATTENTION["eager"].function
+Inputs = dict[Stream, MaskedInput]
 
 
 class _Model(Problem):
@@ -81,10 +79,12 @@ class VideoSwinStep(_Model):
     def _forward(self, impl: str, function: WindowFunction | None = None) -> Forward:
         """The model with `impl`, or with a plain function in the op's place."""
         model = self._model(impl)
+        if function:
+            _attend_by(model, function)
 
         def forward(leaves: Leaves) -> Leaves:
             clip = self.clip.to(next(iter(leaves.values())))
-            with self._precision(leaves), _attention(function):
+            with self._precision(leaves):
                 return {"out": torch.func.functional_call(model, leaves, (clip,))[-1].to(clip.dtype)}
 
         return forward
@@ -99,10 +99,8 @@ class VideoSwinStep(_Model):
         return {"forward": Work(forward), "backward": Work(backward), "forward+backward": Work(forward + backward)}
 
 
-def _attention(function: WindowFunction | None) -> contextlib.AbstractContextManager[object]:
-    """`function` in the place of the op, or with None the op itself."""
-    if function is None:
-        return contextlib.nullcontext()
+def _attend_by(model: nn.Module, function: WindowFunction) -> None:
+    """Put a plain function in the place of the op."""
 
     def attend(qkv: Tensor, table: Tensor, **k: Any) -> Tensor:
         b, depth, height, width, channels = qkv.shape
@@ -112,7 +110,9 @@ def _attention(function: WindowFunction | None) -> contextlib.AbstractContextMan
         )
         return function(qkv, table, case)
 
-    return mock.patch.object(video_swin, "window_attention", attend)
+    for module in model.modules():
+        if isinstance(module, video_swin.WindowAttention3D):
+            module.attend = attend  # type: ignore[assignment]
 
 
 def _dense_loss(features: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +241,7 @@ class PretrainStep(_Model):
         self.config = replace(config, data=data, train=train)
         torch.manual_seed(0)
         self.model = BEVT(self.config.model, 8192, device=device, dtype=self.dtype).to(device)
+        self.upstream = ReferenceBEVT(self.config.model, 8192, device=device, dtype=self.dtype).to(device)
         encoder = DalleEncoder(case.tokenizer_width)
         for conv in encoder.modules():
             if isinstance(conv, nn.Conv2d):  # so that logits differ as much as pixels do
@@ -259,8 +260,8 @@ class PretrainStep(_Model):
         self.leaves = {name: leaf(p) for name, p in self.model.named_parameters()}
         self.grads = {"loss": torch.randn(()).to(device)}
         self.contestants = {
-            "after": Contestant(lambda x: self._after(x, self._inputs()), [], True),
-            "before": Contestant(lambda x: self._before(x, self._published_inputs()), [], False, "torch"),
+            "after": Contestant(lambda x: self._loss(self.model, x, self._inputs()), [], True),
+            "before": Contestant(lambda x: self._loss(self.upstream, x, self._published_inputs()), [], False, "torch"),
         }
 
     def _inputs(self) -> Inputs:
@@ -287,41 +288,25 @@ class PretrainStep(_Model):
         view = augment.tokenizer_view(frames, self.config.data.crop // 2)
         return self.plain(0.8 * view + 0.1)
 
-    def _call(self, model: BEVT, function: Callable[..., Tensor], leaves: Leaves, inputs: Inputs) -> Leaves:
-        """`function` of the inputs, with the leaves as the parameters of `model`."""
+    def _loss(self, model: BEVT, leaves: Leaves, inputs: Inputs) -> Leaves:
+        """The sum of both streams' losses, with the leaves as the parameters of `model`."""
         wide = next(iter(leaves.values())).dtype
         inputs = {stream: replace(x, pixels=x.pixels.to(wide)) for stream, x in inputs.items()}
         own = {f"model.{name}": p for name, p in leaves.items()}
-        with self._precision(leaves):
-            return {"loss": torch.func.functional_call(_Call(model, function), own, (), inputs)}
-
-    def _after(self, leaves: Leaves, inputs: Inputs, model: BEVT | None = None) -> Leaves:
-        model = model or self.model
 
         def loss(**streams: MaskedInput) -> Tensor:
             out = model(**streams)
             return out["loss_clips"] + out["loss_images"]
 
-        return self._call(model, loss, leaves, inputs)
-
-    def _before(self, leaves: Leaves, inputs: Inputs, attention: WindowFunction = EAGER) -> Leaves:
-        def loss(**streams: MaskedInput) -> Tensor:
-            losses = []
-            for stream, x in streams.items():
-                features = self.model.decode(cast(Stream, stream), x.pixels, x.mask)
-                head = self.model.head
-                losses.append(_dense_loss(features, head.weight, head.bias, _positions(x), x.codes)[0])
-            return torch.stack(losses).sum()
-
-        with _attention(attention):
-            return self._call(self.model, loss, leaves, inputs)
+        with self._precision(leaves):
+            return {"loss": torch.func.functional_call(_Call(model, loss), own, (), inputs)}
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
         """Logits of the contestant's codes; loss and gradients on float32's codes."""
         inputs = self._inputs() if name == "after" else self._published_inputs()
-        forward = self._after if name == "after" else self._before
-        fixed = {stream: replace(x, codes=self.upstream[stream].codes) for stream, x in inputs.items()}
-        results = run(lambda leaves: forward(leaves, fixed), self.leaves, self.grads)
+        model = self.model if name == "after" else self.upstream
+        fixed = {stream: replace(x, codes=self.published[stream].codes) for stream, x in inputs.items()}
+        results = run(lambda leaves: self._loss(model, leaves, fixed), self.leaves, self.grads)
         return {**results, "logits of the codes": self._logits_of(inputs)}
 
     def _logits_of(self, inputs: Inputs) -> Tensor:
@@ -329,20 +314,20 @@ class PretrainStep(_Model):
         return self.logits.gather(1, codes[:, None]).squeeze(1)
 
     def truth(self) -> tuple[Leaves, Leaves]:
-        """Sets `upstream` and `logits`, which `answer` needs: float32's codes, and logits at the masked positions."""
+        """Sets `published` and `logits`, which `answer` needs: float32's codes, and logits at the masked positions."""
         batch: Any = self.batch.to(torch.device(self.device))
         with torch.backends.cudnn.flags(allow_tf32=False):
-            self.upstream = self._upstream_inputs()
+            self.published = self._upstream_inputs()
             pairs = (
-                (batch.clips.flatten(0, 1), _positions(self.upstream["clips"]).flatten(0, 1)),
-                (batch.images, _positions(self.upstream["images"])),
+                (batch.clips.flatten(0, 1), _positions(self.published["clips"]).flatten(0, 1)),
+                (batch.images, _positions(self.published["images"])),
             )
             pieces = (piece for frames, mask in pairs for piece in zip(frames.split(4), mask.split(4)))
             self.logits = torch.cat([self._plain_logits(f).movedim(1, -1)[mask] for f, mask in pieces])
         precision = self.tokenizer.precision
         with torch.autocast(self.device, precision, enabled=precision.itemsize < 4):
             half = self._logits_of(self._upstream_inputs())
-        plain = lambda leaves: self._before(leaves, self.upstream, eager_window_attention)  # noqa: E731
+        plain = lambda leaves: self._loss(self.upstream, leaves, self.published)  # noqa: E731
         double = {name: leaf(x.double()) for name, x in self.leaves.items()}
         oracle = run(plain, double, {"loss": self.grads["loss"].double()})
         eager = run(plain, self.leaves, self.grads)
@@ -361,7 +346,7 @@ class PretrainStep(_Model):
         config = replace(self.config.model, attention_impl="reference", loss_impl="reference")
         with torch.device("meta"):
             model = BEVT(config, 8192)
-        step = sum(counted(lambda leaves: self._after(leaves, meta, model), self.leaves, self.grads))
+        step = sum(counted(lambda leaves: self._loss(model, leaves, meta), self.leaves, self.grads))
         view = self.config.data.crop // 2
         encoder, frame = copy.deepcopy(self.plain).to("meta"), {"frame": torch.empty(1, 3, view, view)}
         tokens, _ = counted(lambda leaves: {"logits": encoder(leaves["frame"])}, frame, {})

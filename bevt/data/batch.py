@@ -43,6 +43,10 @@ class Batch:
     """(M, h, w) bool."""
     image_jitter: Tensor | None
     """(M, 6) float32: brightness, contrast, saturation factors, then the order in which the three are applied."""
+    clip_seeds: Tensor | None = None
+    """(B,) int64 on the CPU: what a visit of a sample draws its mask from, and drop path; None: nothing is dropped."""
+    image_seeds: Tensor | None = None
+    """(M,) int64 on the CPU, likewise."""
     clip_slots: Tensor | None = None
     """(B,) int64 on the CPU: file number * `data.views` + view; None where views are not fixed."""
     image_slots: Tensor | None = None

@@ -443,6 +443,8 @@ def _serve(
                 images=decoded.images,
                 image_masks=decoded.image_masks,
                 image_jitter=torch.tensor([request.jitter for request in plan.images]) if plan.images else None,
+                clip_seeds=_seeds(plan.clips),
+                image_seeds=_seeds(plan.images),
                 clip_slots=_slots(plan.clips),
                 image_slots=_slots(plan.images),
                 clip_ids=tuple(request.id for request in plan.clips),
@@ -451,6 +453,11 @@ def _serve(
             )
     if lost:
         raise DataError(_refused(lost, count))
+
+
+def _seeds(requests: list[Request]) -> Tensor | None:
+    """(samples,) int64; None where there are no samples."""
+    return torch.tensor([request.mask_seed for request in requests]) if requests else None
 
 
 def _slots(requests: list[Request]) -> Tensor | None:

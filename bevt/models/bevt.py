@@ -24,6 +24,12 @@ from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
 
 Stream = Literal["clips", "images"]
 
+OWN_PARTS: dict[Stream, tuple[str, ...]] = {
+    "clips": ("patch_embed", "video_decoder"),
+    "images": ("patch_embed_2d", "image_decoder"),
+}
+"""The children of `BEVT` that only one stream uses."""
+
 CELL = 4
 """Tokens of the first stage along one side of a target position (16 pixels)."""
 
@@ -40,6 +46,8 @@ class MaskedInput:
     """Clips (B, T, h, w) or images (M, h, w) int64: the tokenizer's codes."""
     slots: int
     """Capacity for masked positions over the whole micro-batch, at least as many as are masked. Shapes depend on it."""
+    drop: Tensor | None = None
+    """(blocks, 2, batch) float32: drop path's factors (`VideoSwin.forward`); None: nothing is dropped."""
 
 
 def masked_slots(mask: Tensor, slots: int) -> Tensor:
@@ -169,7 +177,7 @@ class BEVT(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def encode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, stream: Stream, pixels: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the decoders read, stages 3 and 4: (B, D, h, w, 4C) and (B, D, h/2, w/2, 8C); D = 1 for images.
 
         Arguments as in `MaskedInput`. Raises ValueError where the mask's grid is not the pixels' (T/2, H/16, W/16).
@@ -177,7 +185,7 @@ class BEVT(nn.Module):
         clips = stream == "clips"
         if not clips:
             mask = mask.unsqueeze(1)
-        x = (self.patch_embed if clips else self.patch_embed_2d)(pixels)
+        x = (self.patch_embed if clips else self.patch_embed_2d)(pixels.to(self.mask_token.dtype))
         grid = (x.shape[1], x.shape[2] // CELL, x.shape[3] // CELL)
         if x.shape[2] % (2 * CELL) or x.shape[3] % (2 * CELL):
             raise ValueError(f"{stream}: height and width must be multiples of 32, got pixels {tuple(pixels.shape)}")
@@ -188,12 +196,12 @@ class BEVT(nn.Module):
             )
         hidden = mask.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3).unsqueeze(-1)
         x = torch.where(hidden, self.mask_token.to(x.dtype), x)
-        *_, x3, x4 = self.encoder(x)
+        *_, x3, x4 = self.encoder(x, drop)
         return x3, x4
 
-    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
+    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor, drop: Tensor | None = None) -> Tensor:
         """Features of every position: clips (B, T, h, w, 8C), images (M, h, w, 8C). Arguments as in `encode`."""
-        x = self.norm(self._decoder(stream)(*self.encode(stream, pixels, mask)))
+        x = self.norm(self._decoder(stream)(*self.encode(stream, pixels, mask, drop)))
         return x if stream == "clips" else x.squeeze(1)
 
     def _decoder(self, stream: Stream) -> ImageDecoder:
@@ -226,7 +234,7 @@ class BEVT(nn.Module):
 
     def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
         """`masked_loss` of what the encoder makes of the inputs."""
-        x3, x4 = self.encode(stream, inputs.pixels, inputs.mask)
+        x3, x4 = self.encode(stream, inputs.pixels, inputs.mask, inputs.drop)
         return self.masked_loss(stream, x3, x4, inputs.mask, inputs.codes, inputs.slots)
 
     def forward(self, clips: MaskedInput | None = None, images: MaskedInput | None = None) -> dict[str, Tensor]:

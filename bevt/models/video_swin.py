@@ -14,6 +14,7 @@ zero distance in time, so both streams of BEVT run through the same blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from bevt_kernels import window_attention
 from torch import Tensor, nn
 
 from bevt.config import Impl, ModelConfig
+from bevt.models.region import Region
 
 Size3 = tuple[int, int, int]
 
@@ -36,26 +38,18 @@ def clip_window(size: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]
     return (wd, wh, ww), (od, oh, ow)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth per sample: the whole branch is dropped with probability `rate`, else scaled by its inverse."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...)."""
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.rate
-        return x * (keep.to(x.dtype) / (1.0 - self.rate))
-
-    def extra_repr(self) -> str:
-        """Shown by print(model)."""
-        return f"rate={self.rate:.3f}"
+def drop_path_rates(config: ModelConfig) -> list[float]:
+    """Probability with which each block's branches are dropped: from 0 up to `config.drop_path`, linearly."""
+    blocks = sum(config.depths)
+    return [config.drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
-class PatchEmbed(nn.Module):
+def add_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    """`x` and a residual branch (B, D, H, W, C), the latter times each sample's `factor` (B,): drop path's."""
+    return x + branch if factor is None else torch.addcmul(x, branch, factor.view(-1, 1, 1, 1, 1))
+
+
+class PatchEmbed(Region):
     """Non-overlapping patches to tokens, then LayerNorm; the map is zero-padded up to a multiple of the patch."""
 
     def __init__(self, patch_size: tuple[int, ...], dim: int) -> None:
@@ -65,7 +59,7 @@ class PatchEmbed(nn.Module):
         self.proj = conv(3, dim, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, T/2, H/4, W/4, C), or (B, 3, H, W) -> (B, 1, H/4, W/4, C)."""
         pad: list[int] = []
         for size, patch in zip(reversed(x.shape[2:]), reversed(self.patch_size)):
@@ -85,6 +79,7 @@ class WindowAttention3D(nn.Module):
         super().__init__()
         self.num_heads, self.window_size, self.shift = num_heads, window_size, shift
         self.quirks, self.impl = quirks, impl
+        self.attend = window_attention  # the reference path puts its own in this place
         wd, wh, ww = window_size
         self.relative_position_bias_table = nn.Parameter(
             torch.empty((2 * wd - 1) * (2 * wh - 1) * (2 * ww - 1), num_heads)
@@ -105,7 +100,7 @@ class WindowAttention3D(nn.Module):
             x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
         if unrolled:
             x = x.roll(unrolled, dims=(2, 3))
-        x = window_attention(
+        x = self.attend(
             self.qkv(x),
             self.relative_position_bias_table,
             num_heads=self.num_heads,
@@ -149,24 +144,24 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Region):
     """Attention and MLP, each behind a LayerNorm and around a residual connection."""
 
-    def __init__(self, config: ModelConfig, dim: int, num_heads: int, shift: Size3, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig, dim: int, num_heads: int, shift: Size3) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention3D(dim, num_heads, config.window_size, shift, config.quirks, config.attention_impl)
-        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W, C) -> (B, D, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def body(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+        """(B, D, H, W, C) -> (B, D, H, W, C). `drop` (2, B): factors of attention and MLP (`VideoSwin.forward`)."""
+        attention, mlp = (None, None) if drop is None else drop
+        x = add_branch(x, self.attn(self.norm1(x)), attention)
+        return add_branch(x, self.mlp(self.norm2(x)), mlp)
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Region):
     """2x2 neighbouring tokens of a frame to one of twice the channels; odd maps are zero-padded."""
 
     def __init__(self, dim: int) -> None:
@@ -174,7 +169,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
         h, w = x.shape[2:4]
         if h % 2 or w % 2:
@@ -186,20 +181,20 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """Blocks, every second one shifted by half a window, and the merging to the next stage."""
 
-    def __init__(self, config: ModelConfig, index: int, drop_path: list[float]) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         dim = config.embed_dim << index
         wd, wh, ww = config.window_size
         shifts: tuple[Size3, Size3] = ((0, 0, 0), (wd // 2, wh // 2, ww // 2))
         self.blocks = nn.ModuleList(
-            SwinBlock(config, dim, config.num_heads[index], shifts[i % 2], rate) for i, rate in enumerate(drop_path)
+            SwinBlock(config, dim, config.num_heads[index], shifts[i % 2]) for i in range(config.depths[index])
         )
         self.downsample = PatchMerging(dim) if index < len(config.depths) - 1 else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D, H, W, C) -> the stage's output before merging, and the next stage's input."""
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, x: Tensor, drop: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """(B, D, H, W, C) -> the stage's output before merging, and the next stage's input. `drop`: one a block."""
+        for block, factors in zip(self.blocks, drop):
+            x = block(x, factors)
         return x, x if self.downsample is None else self.downsample(x)
 
 
@@ -208,19 +203,22 @@ class VideoSwin(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        last = max(sum(config.depths) - 1, 1)
-        rates = [config.drop_path * i / last for i in range(sum(config.depths))]
-        self.layers = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            self.layers.append(SwinStage(config, i, rates[:depth]))
-            rates = rates[depth:]
+        self.depths = config.depths
+        self.layers = nn.ModuleList(SwinStage(config, i) for i in range(len(config.depths)))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Tokens (B, D, H, W, C) -> the outputs of all stages before merging; stage i has C * 2**i channels."""
+    def forward(self, x: Tensor, drop: Tensor | None = None) -> list[Tensor]:
+        """Tokens (B, D, H, W, C) -> the outputs of all stages before merging; stage i has C * 2**i channels.
+
+        `drop` (blocks, 2, B) float32 is drop path (stochastic depth by sample): the factor of each block's attention
+        and MLP branch, 0 or 1 / (1 - rate) as the caller draws them at `drop_path_rates`; None: all 1. So a step's
+        result depends on no generator's state, nor on who shares a batch.
+        """
+        factors: list[Tensor | None] = [None] * sum(self.depths) if drop is None else list(drop)
         outputs = []
-        for layer in self.layers:
-            output, x = layer(x)
+        for layer, depth in zip(self.layers, self.depths):
+            output, x = layer(x, factors[:depth])
             outputs.append(output)
+            factors = factors[depth:]
         return outputs
 
 

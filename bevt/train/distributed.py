@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from bevt.models.bevt import BEVT, OWN_PARTS, MaskedInput
+from bevt.models.video_swin import SwinStage
+
+
+class _Whole(nn.Module):
+    """What DDP wraps: in a pass of one stream it sees every parameter, so that it need not search for unused ones.
+
+    Those of the other stream have their gradients from an earlier pass.
+    """
+
+    def __init__(self, model: BEVT) -> None:
+        super().__init__()
+        self.model = model
+        self.complete = True
+        """Whether gradients are exchanged in this pass."""
+
+    def forward(self, **inputs: MaskedInput) -> dict[str, Tensor]:
+        """As the model's."""
+        out = self.model(**inputs)
+        if self.complete:
+            others = [part for stream in self.model.streams if stream not in inputs for part in OWN_PARTS[stream]]
+            idle = [p for part in others for p in getattr(self.model, part).parameters()]
+            for stream in inputs:
+                out[f"loss_{stream}"] = cast(Tensor, _Touch.apply(out[f"loss_{stream}"], *idle))
+        return out
+
+
+class _Touch(torch.autograd.Function):
+    """Its first argument, as if it depended on the others: their gradient is None, which DDP takes for done."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = len(others)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.others
 
 
 @dataclass(frozen=True)
@@ -29,17 +72,43 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over all processes; itself where there is one."""
+    def wrap(self, model: BEVT, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
+        """`model` with gradients averaged over all processes; itself where there is one.
+
+        `fsdp` shards it in place: each block and stream's part is gathered for its own turn alone.
+        """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        if parallel == "ddp":
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(_Whole(model), device_ids=device_ids, gradient_as_bucket_view=True)
+        # That its outputs may be views matters to whoever changes them in place, which nobody does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        parts = [block for stage in model.encoder.layers for block in cast(SwinStage, stage).blocks]
+        parts += [getattr(model, part) for stream in model.streams for part in OWN_PARTS[stream]]
+        for part in parts:
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
-    def without_sync(self, model: nn.Module, skip: bool) -> AbstractContextManager[None]:
-        """A context in which backward leaves gradients on this process, if `skip`: until a step's last micro-batch."""
-        if skip and isinstance(model, DistributedDataParallel):
-            return cast(AbstractContextManager[None], model.no_sync())
-        return nullcontext()
+    def synchronising(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """The context of a forward and backward pass of one stream, the `last` of a step or not.
+
+        With DDP gradients stay on their process until the last pass; with FSDP each pass adds to the shards.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        model.module.complete = last
+        return nullcontext() if last else cast(AbstractContextManager[None], model.no_sync())
+
+    def norms(self, gradients: list[Tensor]) -> Tensor:
+        """(gradients,) their norms, whole also where each process has a shard."""
+        if not isinstance(gradients[0], DTensor):
+            return torch.stack(torch._foreach_norm(gradients))
+        local = torch.stack(torch._foreach_norm([cast(DTensor, g).to_local() for g in gradients])).double() ** 2
+        dist.all_reduce(local)
+        return local.sqrt().to(gradients[0].dtype)
 
     def mean(self, values: Tensor) -> Tensor:
         """`values` averaged over all processes."""

@@ -30,6 +30,7 @@ from bevt.data.build import StepLoader, build_loader, check_held_out
 from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
+from bevt.models.reference import ReferenceBEVT
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
@@ -130,7 +131,7 @@ def _train(
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
         bad_files.add(loader.unreadable)
-    train_step = TrainStep(world.wrap(model), tokenizer, optimizer, config, world, cache)
+    train_step = TrainStep(world.wrap(model, config.train.parallel), tokenizer, optimizer, config, world, cache)
     writer = MetricsWriter(out, start) if world.main else None
     if writer:
         stack.callback(writer.close)
@@ -170,7 +171,7 @@ def _train(
             if world.size == 1 and step > start:  # several processes could not meet to write it
                 display.note(f"what was trained is kept in {save(step)}")
             raise
-        result = train_step(step, learning_rate(config.optim, step, steps), micro)
+        result = train_step(learning_rate(config.optim, step, steps), micro)
         step += 1
         meter.add(step, micro, result)
         display.step(step)
@@ -226,9 +227,11 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
         streams.append("clips")
     if config.train.images:
         streams.append("images")
-    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    dtype = getattr(torch, config.train.precision)
+    kind = ReferenceBEVT if config.path == "reference" else BEVT
     try:
-        return BEVT(config.model, vocab_size, streams, device=device, dtype=dtype).to(device)
+        model = kind(config.model, vocab_size, streams, device=device, dtype=dtype)
+        return model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     except NoImplementation as error:
         raise ConfigError(f"model: {error}") from error
 

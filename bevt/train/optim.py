@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bevt.config import OptimConfig
+from bevt.config import ConfigError, OptimConfig
 
 
 def undecayed(name: str) -> bool:
@@ -15,14 +16,64 @@ def undecayed(name: str) -> bool:
     return "norm" in name or name.endswith("relative_position_bias_table")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over two groups, fused: one pass over all parameters, and it can skip an update on a device-side flag."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW over two groups; `fused`: one pass over all parameters, which can be skipped on a device-side flag.
+
+    Raises ConfigError where `config.impl` cannot serve.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if not undecayed(name)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in named if undecayed(name)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.impl == "apex":
+        return _apex(groups, config)
+    settings: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **settings)
+
+
+def _apex(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Apex's FusedAdam in its capturable form, the one whose update can be skipped without a host sync."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ConfigError(
+            f"optim.impl 'apex' needs NVIDIA's apex with its CUDA extensions ({error}; PyPI's package of that name is "
+            "another one): build it from github.com/NVIDIA/apex, or leave optim.impl at 'torch'"
+        ) from error
+    if not groups[0]["params"][0].is_cuda:
+        raise ConfigError("optim.impl 'apex' serves CUDA, not the CPU: leave it at 'torch'")
+    try:
+        return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True, capturable=True)
+    except (RuntimeError, TypeError) as error:  # built without its extensions, or older than "capturable"
+        raise ConfigError(f"optim.impl 'apex': this apex cannot serve ({error})") from error
+
+
+def apply(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One update from the parameters' gradients, none where `finite` (bool scalar on the device) is False."""
+    if optimizer.defaults.get("fused"):
+        # The fused optimizer's own switch, GradScaler's: an update under found_inf = 1 changes nothing.
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif optimizer.defaults.get("foreach") is False:
+        if finite:  # waits for the device, as the official code's mixed precision does
+            optimizer.step()
+    else:
+        optimizer.step(grad_scaler=_Switch((~finite).float()))  # type: ignore[call-overload]
+
+
+class _Switch:
+    """What apex asks of a GradScaler: whether to skip, and a scale of 1."""
+
+    def __init__(self, skip: Tensor) -> None:
+        self.skip = skip
+
+    def _check_inf_per_device(self, _: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self.skip.device: self.skip}
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.ones_like(self.skip)
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: float) -> int:

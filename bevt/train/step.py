@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bevt import masking
-from bevt.config import Config, MaskConfig
+from bevt import draws, masking
+from bevt.config import Config, MaskConfig, ModelConfig
 from bevt.data import augment
 from bevt.data.batch import Batch
-from bevt.models.bevt import MaskedInput
-from bevt.models.video_swin import PATCH
+from bevt.data.sampling import STREAMS
+from bevt.models.bevt import MaskedInput, Stream
+from bevt.models.video_swin import PATCH, drop_path_rates
 from bevt.tokenizers import Tokenizer
 from bevt.tokenizers.cache import TokenCache
+from bevt.train import optim
 from bevt.train.distributed import World
+from bevt.train.phases import Phases
 
 NO_TOKEN = -1
 """In place of a code where a frame was not tokenised; as a class or an index it is an error."""
@@ -26,7 +29,7 @@ NO_TOKEN = -1
 
 def masked_inputs(
     batch: Batch, tokenizer: Tokenizer, config: Config, device: torch.device, cache: TokenCache | None = None
-) -> dict[str, MaskedInput]:
+) -> dict[Stream, MaskedInput]:
     """A micro-batch of the loader as the model takes it, on `device`, under `clips` and `images`.
 
     The tokenizer reads the same augmented crop as the encoder, resized to half its side (224 -> 112: 14x14 codes), and
@@ -35,9 +38,11 @@ def masked_inputs(
     would wait for the device.
     """
     masks = {"clips": batch.clip_masks, "images": batch.image_masks}
-    needed = {stream: _masked_frames(mask) for stream, mask in masks.items() if mask is not None}
+    everything = config.path == "reference"
+    needed = {stream: _frames(mask, everything) for stream, mask in masks.items() if mask is not None}
     batch = batch.to(device)
-    frames, inputs = {}, {}
+    frames: dict[str, Tensor] = {}
+    inputs: dict[Stream, MaskedInput] = {}
     if batch.clips is not None:
         frames["clips"] = batch.clips.flatten(0, 1)
     if batch.images is not None:
@@ -88,18 +93,18 @@ def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
     On a CPU as many as there are: counting them costs nothing there, and the others would cost a quarter more.
     """
     if device.type == "cpu":
-        return int(mask.numpy().sum())  # NumPy: see `_masked_frames`
+        return int(mask.numpy().sum())  # NumPy: see `_frames`
     depth, height, width = mask.shape[1:]
     return len(mask) * masking.capacity(config, (depth, height, width))
 
 
-def _masked_frames(mask: Tensor) -> np.ndarray:
-    """Numbers of the frames (of images, for (M, h, w)) that hold a masked position."""
+def _frames(mask: Tensor, everything: bool) -> np.ndarray:
+    """Numbers of the frames (of images, for (M, h, w)) that hold a masked position, or of all."""
     if mask.device.type != "cpu":
         raise ValueError(
             f"masks must be on the CPU until the step moves them (bevt/data/batch.py), these are on {mask.device}"
         )
-    used = mask.numpy().any((-2, -1))  # NumPy: what reads values here must not be what waits on a GPU
+    used = mask.numpy().any((-2, -1)) | everything  # NumPy: what reads values here must not be what waits on a GPU
     if mask.ndim == 4:  # a step of a clip's mask is PATCH[0] frames
         used = used.repeat(PATCH[0], 1).reshape(-1)
     return used.nonzero()[0]
@@ -111,15 +116,23 @@ def _sent(values: np.ndarray, device: torch.device) -> Tensor:
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
+_DROP_PATH = 2**32
+"""Sequence of a sample's random numbers that is drop path's, behind those of its mask (`bevt.masking`)."""
+
+
+def drop_factors(config: ModelConfig, seeds: np.ndarray) -> np.ndarray:
+    """Drop path of samples as `VideoSwin.forward` takes it: (blocks, 2, B) float32, 0 or 1 / (1 - rate).
+
+    A function of each sample's seed, so of neither the number of processes nor the size of a micro-batch.
+    """
+    rates = np.array(drop_path_rates(config))[:, None, None]
+    drawn = draws.uniform(draws.sequence(draws.keys(seeds), _DROP_PATH), np.arange(2 * len(rates)))
+    return ((drawn.T.reshape(len(rates), 2, -1) >= rates) / (1 - rates)).astype(np.float32)
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The context of a forward pass in `config.train.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed PyTorch for one step: drop path is a function of (seed, step, rank), so a resumed run is the run."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(mixed)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class StepResult:
 
     values: dict[str, Tensor]
     """Scalars: loss, loss_* and accuracy_* of each stream, grad_norm (before clipping); with a token cache
-    tokens_cached, the share of the frames with a masked position that it had."""
+    tokens_cached, the share of the frames with a masked position that it had. The mean over processes is the step's."""
     finite: Tensor
     """Bool scalar: loss and all gradients were finite, on every process. Where it is False, the update was skipped."""
     worst: Tensor
@@ -136,7 +149,12 @@ class StepResult:
 
 
 class TrainStep:
-    """Forward, backward and update over the micro-batches of one step."""
+    """Forward, backward and update over the micro-batches of one step.
+
+    A stream's loss is the mean over all masked positions of the global batch, whatever shares of them the micro-batches
+    and processes have. Each micro-batch and stream has its backward pass before the next one's forward, so that one
+    stream's activations are alive at a time.
+    """
 
     def __init__(
         self,
@@ -146,37 +164,75 @@ class TrainStep:
         config: Config,
         world: World,
         cache: TokenCache | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.config, self.world, self.cache = config, world, cache
+        self.phases = phases or Phases(model, world.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
 
-    def __call__(self, step: int, lr: float, batches: Sequence[Batch]) -> StepResult:
-        """Run 0-based `step` at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
-        config, device = self.config, self.world.device
-        seed_step(config.train.seed, step, self.world.rank)
-        sums: dict[str, Tensor] = {}
+    def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
+        """One step at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
+        self.phases.mark("data")
+        weights = self._weights(batches)
+        sums = {
+            f"{what}_{stream}": torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for stream in self.streams
+            for what in ("loss", "accuracy")
+        }
         for i, batch in enumerate(batches):
-            inputs = masked_inputs(batch, self.tokenizer, config, device, self.cache)
-            with self.world.without_sync(self.model, skip=i < len(batches) - 1):
-                with autocast(config, device):
-                    out = self.model(**inputs)
-                loss = torch.zeros((), device=device)
-                if "loss_images" in out:
-                    loss = loss + out["loss_images"]
-                if "loss_clips" in out:
-                    loss = loss + config.train.loss_weight * out["loss_clips"]
-                (loss / len(batches)).backward()
-            for name, value in (("loss", loss), *out.items()):
-                sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+            inputs = masked_inputs(batch, self.tokenizer, self.config, self.world.device, self.cache)
+            self.phases.mark("tokenizer")
+            for j, stream in enumerate(self.streams):
+                last = i == len(batches) - 1 and j == len(self.streams) - 1
+                given = self._dropped(inputs.pop(stream), getattr(batch, f"{stream[:-1]}_seeds"))
+                for name, value in self._pass(stream, given, weights[i, j], last).items():
+                    sums[name] = sums[name] + value
+        loss = torch.zeros((), device=self.world.device)
+        for stream in self.streams:
+            loss = loss + self._lambda(stream) * sums[f"loss_{stream}"]
+        sums = {"loss": loss, **sums}
         if self.cache is not None:
-            sums["tokens_cached"] = torch.full((), self.cache.share(), device=device)  # a kernel: no copy to wait for
-        return self._update(lr, sums)
+            sums["tokens_cached"] = torch.full((), self.cache.share(), device=self.world.device)  # a kernel, not a copy
+        result = self._update(lr, sums)
+        self.phases.mark("optimizer")
+        return result
+
+    def _pass(self, stream: Stream, inputs: MaskedInput, weight: Tensor, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one stream of a micro-batch; its shares of the step's loss and accuracy."""
+        with self.world.synchronising(self.model, last):
+            with autocast(self.config, self.world.device):
+                out = self.model(**{stream: inputs})
+            self.phases.mark("head")
+            (out[f"loss_{stream}"] * (weight * self._lambda(stream))).backward()
+            self.phases.mark("encoder")
+        return {name: value.detach() * weight for name, value in out.items()}
+
+    def _lambda(self, stream: Stream) -> float:
+        return self.config.train.loss_weight if stream == "clips" else 1.0
+
+    def _weights(self, batches: Sequence[Batch]) -> Tensor:
+        """(micro-batches, streams): what makes the sum of means, averaged over processes, the mean over all positions.
+
+        Counted on the host, where the masks are, and summed over processes on the device: nobody waits for it.
+        """
+        counts = np.array(
+            [[getattr(batch, f"{stream[:-1]}_masks").numpy().sum() for stream in self.streams] for batch in batches]
+        )
+        own = _sent(counts.astype(np.float64), self.world.device)
+        return own / self.world.mean(own.sum(0)).clamp(min=1 / self.world.size)
+
+    def _dropped(self, inputs: MaskedInput, seeds: Tensor | None) -> MaskedInput:
+        """`inputs` with drop path's factors, where there are any."""
+        if seeds is None or self.config.model.drop_path == 0:
+            return inputs
+        return replace(inputs, drop=_sent(drop_factors(self.config.model, seeds.numpy()), self.world.device))
 
     def _update(self, lr: float, sums: dict[str, Tensor]) -> StepResult:
         """Clip and apply the gradients, or skip the update on the device where anything is not finite."""
         grads = [cast(Tensor, p.grad) for p in self.parameters]
-        norms = torch.stack(torch._foreach_norm(grads))
+        norms = self.world.norms(grads)
         total = torch.linalg.vector_norm(norms)
         order = torch.arange(len(grads), device=norms.device)
         worst = torch.where(norms.isfinite(), -1, order).amax()
@@ -186,9 +242,6 @@ class TrainStep:
             torch._foreach_mul_(grads, (self.config.optim.clip_grad / (total + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The fused optimizer's own switch, GradScaler's: an update under found_inf = 1 changes nothing.
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        optim.apply(self.optimizer, finite)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult({**sums, "grad_norm": total}, finite, worst)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bevt.config import SIZES, ModelConfig
 from bevt.models import weights
 from bevt.models.classifier import VideoSwinClassifier
-from bevt.models.video_swin import DropPath, PatchMerging, VideoSwin, WindowAttention3D, clip_window
+from bevt.models.video_swin import PatchMerging, VideoSwin, WindowAttention3D, clip_window
 
 TORCHVISION = {"swin3d_t": SIZES["tiny"], "swin3d_s": SIZES["small"], "swin3d_b": SIZES["base"]}
 TINY = ModelConfig(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(8, 7, 7), drop_path=0.0)
@@ -175,12 +175,20 @@ def test_patch_merging_takes_neighbours_in_the_published_order() -> None:
     assert merging(x).flatten().tolist() == [0.0, 2.0]  # (row 0, column 0), (row 1, column 0), ...
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+def test_drop_path_factors_are_of_their_sample_block_and_branch() -> None:
+    """0 leaves the residual alone, 1 is no factor, and a sample's do not touch another's."""
     torch.manual_seed(0)
-    drop = DropPath(0.3)
-    x = torch.ones(20000, 2, 3)
-    y = drop(x)
-    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
-    assert torch.equal(y.amin((1, 2)), y.amax((1, 2)))
-    assert y.mean().item() == pytest.approx(1.0, abs=5 * (0.3 / 0.7 / 20000) ** 0.5)
-    assert torch.equal(drop.eval()(x), x)
+    model = VideoSwin(TINY)
+    x = torch.randn(2, 2, 28, 28, 16)
+    ones = torch.ones(8, 2, 2)
+    plain = model(x)
+    assert all(torch.equal(a, b) for a, b in zip(model(x, ones), plain))
+    assert torch.equal(model(x, torch.zeros(8, 2, 2))[0], x)
+    dropped = ones.clone()
+    dropped[1, 0, 1] = 0.0  # the second block's attention in the second sample
+    first, *_, last = model(x, dropped)
+    block0, block1 = model.layers[0].blocks
+    halfway = block0(x)
+    torch.testing.assert_close(first[1], (halfway + block1.mlp(block1.norm2(halfway)))[1])
+    torch.testing.assert_close(last[0], plain[-1][0])
+    assert not torch.allclose(last[1], plain[-1][1])

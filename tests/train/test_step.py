@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import changed
@@ -21,7 +22,7 @@ from bevt.tokenizers import Tokenizer
 from bevt.train.distributed import World
 from bevt.train.loop import build_model
 from bevt.train.optim import build_optimizer
-from bevt.train.step import NO_TOKEN, StepResult, TrainStep, masked_inputs, slots_for
+from bevt.train.step import NO_TOKEN, StepResult, TrainStep, drop_factors, masked_inputs, slots_for
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -52,9 +53,10 @@ def batch() -> Batch:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """Equal consecutive shares."""
-    tensors = ("clips", "clip_masks", "images", "image_masks", "image_jitter")
-    shares = zip(*(getattr(batch, name).chunk(parts) for name in tensors))
-    return [Batch(**dict(zip(tensors, share))) for share in shares]
+    tensors = ("clips", "clip_masks", "images", "image_masks", "image_jitter", "clip_seeds", "image_seeds")
+    given = [name for name in tensors if getattr(batch, name) is not None]
+    shares = zip(*(getattr(batch, name).chunk(parts) for name in given))
+    return [Batch(**dict(zip(given, share))) for share in shares]
 
 
 def trainer(config: Config, seed: int = 0) -> tuple[BEVT, TrainStep]:
@@ -69,14 +71,14 @@ def gradients(config: Config, batches: list[Batch]) -> tuple[StepResult, dict[st
     """What a step leaves, and the gradients it summed up (before clipping)."""
     model, step = trainer(changed(config, optim={"clip_grad": 0.0}))
     found: dict[str, Tensor] = {}
-    apply: Callable[..., Any] = step.optimizer.step
+    update: Callable[..., Any] = step.optimizer.step
 
     def record() -> None:
         found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        apply()
+        update()
 
     step.optimizer.step = record  # type: ignore[method-assign,assignment]
-    return step(0, 1e-3, batches), found
+    return step(1e-3, batches), found
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -95,15 +97,20 @@ def test_micro_batches_add_up(plain: Config, batch: Batch, parts: int) -> None:
         assert error < 1e-5, (name, error)
 
 
-def test_micro_batches_weigh_equally(plain: Config, batch: Batch) -> None:
-    """Unequal counts: the loss is the mean of the micro-batches' losses, however many positions each masks."""
-    first, second = split(batch, 2)
-    assert first.image_masks is not None
-    first = replace(first, image_masks=first.image_masks & (torch.arange(16).view(4, 4) < 8))
-    alone = [gradients(plain, [part])[0].values for part in (first, second)]
-    together = gradients(plain, [first, second])[0].values
-    for name in ("loss", "loss_clips", "loss_images", "accuracy_images"):
-        torch.testing.assert_close(together[name], (alone[0][name] + alone[1][name]) / 2)
+def test_every_masked_position_weighs_the_same(plain: Config, batch: Batch) -> None:
+    """Unequal counts in the micro-batches: loss, accuracy and gradients are the whole batch's all the same."""
+    assert batch.image_masks is not None
+    assert batch.clip_masks is not None
+    few, none = batch.image_masks.clone(), batch.clip_masks.clone()
+    few[:4, 2:], none[2:] = False, False  # half of the images' positions in the first half; no clip's in the second
+    uneven = replace(batch, image_masks=few, clip_masks=none)
+    whole, expected = gradients(plain, [uneven])
+    result, got = gradients(plain, split(uneven, 2))
+    for name, value in whole.values.items():
+        torch.testing.assert_close(result.values[name], value, rtol=1e-5, atol=1e-6)
+    for name, gradient in expected.items():
+        error = (got[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, (name, error)
 
 
 def test_loss_weight(plain: Config, batch: Batch) -> None:
@@ -129,7 +136,7 @@ def test_one_stream(plain: Config, batch: Batch) -> None:
 def test_clipping(plain: Config, batch: Batch) -> None:
     """`grad_norm` is the norm before; Adam's first moment shows that it is `clip_grad` after."""
     model, step = trainer(changed(plain, optim={"clip_grad": 0.5}))
-    result = step(0, 1e-3, [batch])
+    result = step(1e-3, [batch])
     expected = gradients(plain, [batch])[1]
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).double().norm().float()
     assert norm > 0.5
@@ -138,26 +145,40 @@ def test_clipping(plain: Config, batch: Batch) -> None:
     torch.testing.assert_close(moments.norm() / (1 - 0.9), torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
-def test_randomness_follows_seed_step_and_rank(config: Config, batch: Batch) -> None:
-    """Drop path: whatever ran before, the same step draws the same; another step, seed or rank does not."""
-
-    def loss(config: Config, step: int, rank: int) -> float:
-        _, train_step = trainer(config)
-        train_step.world = World(rank, 1, WORLD.device)
-        torch.rand(step + 7)
-        return float(train_step(step, 1e-3, [batch]).values["loss"])
-
+def test_drop_path_is_a_function_of_the_samples(config: Config, batch: Batch) -> None:
+    """In micro-batches of any size, after whatever was drawn before; other samples' seeds draw other factors."""
     strong = changed(config, model={"drop_path": 0.9})
-    assert loss(strong, 3, 0) == loss(strong, 3, 0)
-    others = [loss(strong, 4, 0), loss(strong, 3, 1), loss(changed(strong, train={"seed": 1}), 3, 0)]
-    assert len({loss(strong, 3, 0), *others}) == 4
+    seeded = replace(batch, clip_seeds=torch.arange(4), image_seeds=torch.arange(8))
+    whole, expected = gradients(strong, [seeded])
+    torch.rand(7)
+    result, got = gradients(strong, split(seeded, 2))
+    torch.testing.assert_close(result.values["loss"], whole.values["loss"], rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        error = (got[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, (name, error)
+    others = [replace(seeded, clip_seeds=torch.arange(4) + 4), replace(seeded, image_seeds=torch.arange(8) + 8), batch]
+    losses = {float(gradients(strong, [other])[0].values["loss"]) for other in [seeded, *others]}
+    assert len(losses) == 4
+
+
+def test_drop_factors(config: Config) -> None:
+    """Whole branches of a sample at the rate of their block, from 0 to `drop_path`, and the mean stays 1."""
+    model = changed(config, model={"drop_path": 0.4, "depths": (1, 1, 2, 1)}).model
+    factors = drop_factors(model, np.arange(20000))
+    assert factors.shape == (5, 2, 20000)
+    for block, rate in zip(factors, (0, 0.1, 0.2, 0.3, 0.4)):
+        assert set(np.unique(block).tolist()) <= {0.0, float(np.float32(1 / (1 - rate)))}
+        # Four standard deviations of the mean of 20,000 draws.
+        assert abs(block.mean(1) - 1).max() <= 4 * (rate / (1 - rate) / 20000) ** 0.5
+    a, b = (factors[4] == 0).astype(float)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.03  # attention and MLP are dropped each by itself
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(plain: Config, batch: Batch, bad: float) -> None:
     """Two gradients go bad on the second step: it is skipped, and the one nearest to the loss is named."""
     model, step = trainer(plain)
-    step(0, 1e-3, [batch])
+    step(1e-3, [batch])
     names = [name for name, _ in model.named_parameters()]
     early, late = "encoder.layers.0.blocks.0.mlp.fc1.weight", "video_decoder.fuse.bias"
     assert names.index(early) < names.index(late)
@@ -167,7 +188,7 @@ def test_a_step_that_is_not_finite_changes_nothing(plain: Config, batch: Batch, 
         name: {key: value.clone() for key, value in step.optimizer.state[p].items()}
         for name, p in model.named_parameters()
     }
-    result = step(1, 1e-3, [batch])
+    result = step(1e-3, [batch])
     assert not result.finite
     assert names[int(result.worst)] == late
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -175,7 +196,7 @@ def test_a_step_that_is_not_finite_changes_nothing(plain: Config, batch: Batch, 
         assert all(torch.equal(value, moments[name][key]) for key, value in step.optimizer.state[p].items()), name
     for hook in hooks:
         hook.remove()
-    assert step(2, 1e-3, [batch]).finite
+    assert step(1e-3, [batch]).finite
     assert not torch.equal(model.head.weight, weights["head.weight"])
 
 
@@ -203,7 +224,7 @@ def test_nothing_waits_for_the_device(config: Config, batch: Batch) -> None:
     """No scalar is read, no shape depends on a value, in a step of two micro-batches; the probe itself works."""
     _, step = trainer(config)
     with Waits() as waits:
-        result = step(0, 1e-3, split(batch, 2))
+        result = step(1e-3, split(batch, 2))
     assert waits.found == []
     with waits:
         float(result.values["loss"])

@@ -21,20 +21,17 @@ from bevt_kernels.testing import WindowCase, relative_index
 from bevt_kernels.window_attention import reference
 
 
-@functools.lru_cache(maxsize=16)  # a model has 7 cases
-def _index(case: WindowCase, device: torch.device) -> Tensor:
-    """(N * N,) rows of the table."""
-    return relative_index(case.window, case.table).flatten().to(device)
+def constants(case: WindowCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of the table (N * N,); (n, 1, N, N) 0, or -inf across the border of a shifted map, None without shift."""
+    index = relative_index(case.window, case.table).flatten().to(device)
+    return index, reference.border_bias(case.grid, case.window, case.shift, torch.empty(0, dtype=dtype, device=device))
 
 
-@functools.lru_cache(maxsize=16)  # a model has 7 cases
-def _border(case: WindowCase, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """(n, 1, N, N): 0, or -inf across the border of a shifted map; None without a shift."""
-    return reference.border_bias(case.grid, case.window, case.shift, torch.empty(0, dtype=dtype, device=device))
+_cached_constants = functools.lru_cache(maxsize=16)(constants)  # a model has 7 cases
 
 
 def _constants(qkv: Tensor, case: WindowCase) -> tuple[Tensor, Tensor | None]:
-    return _index(case, qkv.device), _border(case, qkv.dtype, qkv.device)
+    return _cached_constants(case, qkv.dtype, qkv.device)
 
 
 def _windows(qkv: Tensor, case: WindowCase) -> Tensor:
@@ -62,7 +59,8 @@ def _bias(bias_table: Tensor, index: Tensor, border: Tensor | None, dtype: torch
     return bias if border is None else bias + border
 
 
-def _eager(qkv: Tensor, bias_table: Tensor, case: WindowCase, index: Tensor, border: Tensor | None) -> Tensor:
+def eager_attention(qkv: Tensor, bias_table: Tensor, case: WindowCase, index: Tensor, border: Tensor | None) -> Tensor:
+    """`eager` with the constants given."""
     q, k, v = _windows(qkv, case)
     scores = (q * case.scale) @ k.mT
     scores += _bias(bias_table, index, border, q.dtype)
@@ -71,12 +69,12 @@ def _eager(qkv: Tensor, bias_table: Tensor, case: WindowCase, index: Tensor, bor
 
 def eager(qkv: Tensor, bias_table: Tensor, case: WindowCase) -> Tensor:
     """Roll, partition, matmul, bias and mask in one addition, softmax, matmul, in the dtype of `qkv`."""
-    return _eager(qkv, bias_table, case, *_constants(qkv, case))
+    return eager_attention(qkv, bias_table, case, *_constants(qkv, case))
 
 
 def eager_compiled(qkv: Tensor, bias_table: Tensor, case: WindowCase) -> Tensor:
     """`eager` under torch.compile."""
-    return compiled(_eager)(qkv, bias_table, case, *_constants(qkv, case))
+    return compiled(eager_attention)(qkv, bias_table, case, *_constants(qkv, case))
 
 
 def _folded(windows: Tensor, case: WindowCase) -> Tensor:
@@ -123,7 +121,7 @@ def _flex_constants(case: WindowCase, device: torch.device) -> tuple[Tensor, int
 
     index = relative_index(case.window, case.table).to(device, torch.int32)
     code, zero = index[:, 0] - index[0, 0], int(index[0, 0])
-    border = _border(case, torch.float32, device)
+    _, border = constants(case, torch.float32, device)
     if border is None:
         return code, zero, None
     region = (border[:, 0] == 0).int().argmax(-1)  # (n, N): the first token of the window that a token attends to

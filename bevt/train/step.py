@@ -152,8 +152,8 @@ class TrainStep:
     """Forward, backward and update over the micro-batches of one step.
 
     A stream's loss is the mean over all masked positions of the global batch, whatever shares of them the micro-batches
-    and processes have. Each micro-batch and stream has its backward pass before the next one's forward, so that one
-    stream's activations are alive at a time.
+    and processes have. Each stream of a micro-batch has its backward pass before the other's forward, so that one
+    stream's activations are alive at a time; the reference path has one backward pass for both, as the official code.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class TrainStep:
         self.phases = phases or Phases(model, world.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
+        self.passes = [self.streams] if config.path == "reference" else [[s] for s in self.streams]
 
     def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
         """One step at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
@@ -184,10 +185,12 @@ class TrainStep:
         for i, batch in enumerate(batches):
             inputs = masked_inputs(batch, self.tokenizer, self.config, self.world.device, self.cache)
             self.phases.mark("tokenizer")
-            for j, stream in enumerate(self.streams):
-                last = i == len(batches) - 1 and j == len(self.streams) - 1
-                given = self._dropped(inputs.pop(stream), getattr(batch, f"{stream[:-1]}_seeds"))
-                for name, value in self._pass(stream, given, weights[i, j], last).items():
+            for streams in self.passes:
+                last = i == len(batches) - 1 and streams is self.passes[-1]
+                given = {s: self._dropped(inputs.pop(s), getattr(batch, f"{s[:-1]}_seeds")) for s in streams}
+                for name, value in self.run(
+                    given, {s: weights[i, self.streams.index(s)] for s in streams}, last
+                ).items():
                     sums[name] = sums[name] + value
         loss = torch.zeros((), device=self.world.device)
         for stream in self.streams:
@@ -199,15 +202,16 @@ class TrainStep:
         self.phases.mark("optimizer")
         return result
 
-    def _pass(self, stream: Stream, inputs: MaskedInput, weight: Tensor, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one stream of a micro-batch; its shares of the step's loss and accuracy."""
+    def run(self, inputs: dict[Stream, MaskedInput], weights: dict[Stream, Tensor], last: bool) -> dict[str, Tensor]:
+        """Forward and backward of a micro-batch's streams; their shares, by `weights`, of the step's figures."""
         with self.world.synchronising(self.model, last):
             with autocast(self.config, self.world.device):
-                out = self.model(**{stream: inputs})
+                out = self.model(**inputs)
             self.phases.mark("head")
-            (out[f"loss_{stream}"] * (weight * self._lambda(stream))).backward()
+            shares = [out[f"loss_{s}"] * (weight * self._lambda(s)) for s, weight in weights.items()]
+            sum(shares[1:], shares[0]).backward()
             self.phases.mark("encoder")
-        return {name: value.detach() * weight for name, value in out.items()}
+        return {name: value.detach() * weights[cast(Stream, name.rpartition("_")[2])] for name, value in out.items()}
 
     def _lambda(self, stream: Stream) -> float:
         return self.config.train.loss_weight if stream == "clips" else 1.0

@@ -173,7 +173,8 @@ class DataBenchArgs:
     source: tyro.conf.Positional[str]
     """As for `bevt data index`, or a manifest (.jsonl)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """How samples are cut and by how many workers; a backend that is named is measured alone."""
+    """How samples are cut and by how many workers; a backend that is named is measured alone. With --data.image-source
+    frames single frames of videos are made."""
     kind: Literal["auto", "clips", "images"] = "auto"
     """`clips` are videos; `auto`: what the source holds more of."""
     seconds: float = 5.0

@@ -111,7 +111,11 @@ class DataConfig:
     """Videos: a folder, tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json, or manifest of
     `bevt data index`; empty: no video stream."""
     images: str = ""
-    """Images: a folder, tar archive, list of `path label` lines or manifest; empty: no image stream."""
+    """Images: a folder, tar archive, list of `path label` lines or manifest; videos, as `clips`, where `image_source` is
+    `frames`; empty: no image stream."""
+    image_source: Literal["pictures", "frames"] = "pictures"
+    """What `images` and `val_images` hold. `frames`: videos; each visit takes one frame, drawn uniformly from the video
+    (held out: its middle one)."""
     val_clips: str = ""
     """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
     val_images: str = ""
@@ -297,7 +301,7 @@ def check(config: Config) -> None:
             )
     if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
-    for stream, what in (("clips", "videos"), ("images", "images")):
+    for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):
         if getattr(t, stream) and not getattr(d, stream):
             raise ConfigError(
                 f"data.{stream} is empty but train.{stream} is not 0: "

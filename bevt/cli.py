@@ -7,6 +7,7 @@ Ctrl-C or SIGTERM stopped training, and a checkpoint lies there to continue from
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import signal
@@ -45,7 +46,7 @@ STOPPED = 3
 USAGE = """usage: bevt COMMAND ...
 
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
-  pretrain RECIPE         run a pretraining recipe: {recipes}
+  pretrain RECIPE         run a pretraining recipe; without one, list them
   tokenizer fit           train a VQ tokenizer on your own images or clips
   tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
@@ -173,7 +174,8 @@ class DataBenchArgs:
     source: tyro.conf.Positional[str]
     """As for `bevt data index`, or a manifest (.jsonl)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """How samples are cut and by how many workers; a backend that is named is measured alone."""
+    """How samples are cut and by how many workers; a backend that is named is measured alone. With --data.image-source
+    frames single frames of videos are made."""
     kind: Literal["auto", "clips", "images"] = "auto"
     """`clips` are videos; `auto`: what the source holds more of."""
     seconds: float = 5.0
@@ -225,6 +227,8 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
         near = nearest(argv[0], RECIPES)
         raise ConfigError(f"no recipe {argv[0]!r}; the nearest is {near!r}, and there are {', '.join(RECIPES)}")
     config, rest = RECIPES[argv[0]](), argv[1:]
+    if {"-h", "--help"} & set(rest):
+        print(f"{inspect.getdoc(RECIPES[argv[0]])}\n")
     for flag, size in pairwise(" ".join(rest).replace("=", " ").split()):
         if flag == "--size" and size in SIZES:  # before the keys are read, so that one of them can still change it
             config = replace(config, model=resized(config.model, cast(Size, size)))
@@ -424,16 +428,13 @@ def _dispatch(argv: list[str]) -> int:
     for words, command in COMMANDS.items():
         if tuple(argv[: len(words)]) == words:
             return command(argv[len(words) :])
-    from bevt.recipes import RECIPES
-
-    usage = USAGE.format(recipes=", ".join(RECIPES))
     asked = bool(argv) and argv[-1] in ("-h", "--help")
     if not argv or (asked and any(tuple(argv[:-1]) == words[: len(argv) - 1] for words in COMMANDS)):
-        print(usage)
+        print(USAGE)
         return 0 if argv else 2
     given = " ".join(argv[:2])
     near = nearest(given, (" ".join(words) for words in COMMANDS))
-    print(f"bevt: no command {given!r}; the nearest is {near!r}\n\n{usage}", file=sys.stderr)
+    print(f"bevt: no command {given!r}; the nearest is {near!r}\n\n{USAGE}", file=sys.stderr)
     return 2
 
 

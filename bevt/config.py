@@ -53,18 +53,25 @@ class ModelConfig:
 Size = Literal["tiny", "small", "base", "large"]
 
 SIZES: dict[Size, ModelConfig] = {
-    "tiny": ModelConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "small": ModelConfig(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "tiny": ModelConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path=0.1),
+    "small": ModelConfig(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path=0.1),
     "base": ModelConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     "large": ModelConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
 }
-"""The published Video Swin models (arXiv 2106.13230, section 3.3)."""
+"""The published Video Swin models (arXiv 2106.13230, section 3.3), with the drop path of their Kinetics-400
+configurations from ImageNet-1K; L, which has none, takes B's."""
 
 
 def resized(model: ModelConfig, size: Size) -> ModelConfig:
-    """`model` with the channels, depths and heads of a published size."""
+    """`model` with the channels, depths and heads of a published size, and at most its drop path."""
     named = SIZES[size]
-    return dataclasses.replace(model, embed_dim=named.embed_dim, depths=named.depths, num_heads=named.num_heads)
+    return dataclasses.replace(
+        model,
+        embed_dim=named.embed_dim,
+        depths=named.depths,
+        num_heads=named.num_heads,
+        drop_path=min(model.drop_path, named.drop_path),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,11 @@ class DataConfig:
     """Videos: a folder, tar archive, list of `path label` lines, Kinetics csv, SSv2 or Diving48 json, or manifest of
     `bevt data index`; empty: no video stream."""
     images: str = ""
-    """Images: a folder, tar archive, list of `path label` lines or manifest; empty: no image stream."""
+    """Images: a folder, tar archive, list of `path label` lines or manifest; where `image_source` is `frames`, videos,
+    as for `clips`; empty: no image stream."""
+    image_source: Literal["pictures", "frames"] = "pictures"
+    """What `images` and `val_images` hold. `frames`: videos; each visit takes one frame, drawn uniformly from the video
+    (held out: its middle one)."""
     val_clips: str = ""
     """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
     val_images: str = ""
@@ -312,7 +323,7 @@ def check(config: Config) -> None:
             )
     if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
-    for stream, what in (("clips", "videos"), ("images", "images")):
+    for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):
         if getattr(t, stream) and not getattr(d, stream):
             raise ConfigError(
                 f"data.{stream} is empty but train.{stream} is not 0: "

@@ -224,9 +224,16 @@ def test_a_key_that_does_not_exist(run: Run) -> None:
 
 
 def test_a_recipe_that_does_not_exist(run: Run) -> None:
-    status, _, err = run("pretrain", "joint")
+    status, _, err = run("pretrain", "joint_stag")
     assert status == 2
-    assert "no recipe 'joint'; the nearest is 'joint_stage'" in err
+    assert "no recipe 'joint_stag'; the nearest is 'joint_stage'" in err
+
+
+def test_help_of_a_recipe_says_what_it_is(run: Run) -> None:
+    for command in ("pretrain", "budget"):
+        status, out, _ = run(command, "mask_ablation", "--help")
+        assert status == 0
+        assert "Random-3D           --clip-mask.kind random_3d" in out
 
 
 def test_a_command_that_does_not_exist(run: Run) -> None:

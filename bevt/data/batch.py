@@ -54,6 +54,7 @@ class Batch:
     clip_ids: tuple[str, ...] = ()
     """One per clip: `path@frame,frame,...`."""
     image_ids: tuple[str, ...] = ()
+    """One per image: `path`, or `path@frame` where it is a frame of a video."""
     bad: tuple[BadFile, ...] = ()
 
     def to(self, device: torch.device) -> Batch:

@@ -31,7 +31,7 @@ from bevt.data.decoding import READERS, Backend, Masks, Plan, Processes, shape
 from bevt.data.entry import Kind
 from bevt.data.files import ReadError
 from bevt.data.manifest import open_source
-from bevt.data.sampling import Request, Sampler
+from bevt.data.sampling import Request, Sampler, Stream
 
 MOST_NAMED = 20
 """Files that could not be read that a report names; the others are counted."""
@@ -123,18 +123,19 @@ def _table(*columns: str) -> Table:
 def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds: float = 5.0) -> Report:
     """Measure every backend that can read the source (where `data.backend` names one: that one) on its own files.
 
-    Samples are those of a run with this `data` and seed 0, `batch` a micro-batch. Each of some eight measurements takes
-    `seconds`. Raises ConfigError where a number is out of range or the named backend cannot serve, DataError where no
-    file can be read.
+    Samples are those of a run with this `data` and seed 0, `batch` a micro-batch; single frames of videos where
+    `data.image_source` is "frames". Each of some eight measurements takes `seconds`. Raises ConfigError where a number
+    is out of range or the named backend cannot serve, DataError where no file can be read.
     """
     if batch < 1 or seconds <= 0:
         raise ConfigError(f"--batch and --seconds must be above 0, got {batch} and {seconds}")
-    clips, images = (batch, 0) if kind == "clips" else (0, batch)
+    stream: Stream = "images" if data.image_source == "frames" else kind
+    clips, images = (batch, 0) if stream == "clips" else (0, batch)
     train = TrainConfig(clips=clips, images=images, micro_clips=batch, micro_images=batch)
     config = Config(recipe="bench", data=data, train=train)
     check_frames(config)
-    sampler = Sampler(open_source(source, kind), data, kind, train.seed)
-    named = choose_backend(config, {kind: sampler}) if data.backend != "auto" else None
+    sampler = Sampler(open_source(source, kind), data, stream, train.seed)
+    named = choose_backend(config, {stream: sampler}) if data.backend != "auto" else None
     names = (named.name,) if named else BACKENDS
     refused = {name: why for name in names if (why := refusal(name, [sampler.manifest]))}
 
@@ -166,7 +167,9 @@ def bench(source: str, kind: Kind, data: DataConfig, *, batch: int = 8, seconds:
         bare = {name: sum(times[name]) for name in yardsticks}
     if "dali" in good:
         parts["dali"] = _dali_parts(data, good["dali"], batch, seconds)
-    frames = f", {data.frames} frames of {data.sampling} sampling, stride {data.stride}" if kind == "clips" else ""
+    frames = f", {data.frames} frames of {data.sampling} sampling, stride {data.stride}" if stream == "clips" else ""
+    if stream != kind:
+        frames = ", single frames"
     return Report(
         f"{kind} of {source}{frames}, crop {data.crop}; {batch} a micro-batch, {data.workers} workers",
         {name: Row(*rates[name], parts[name]) for name in good},
@@ -251,7 +254,7 @@ def _mean(times: list[tuple[float, float]]) -> tuple[float, float]:
 def _read(name: str, request: Request, into: Tensor) -> tuple[float, float]:
     """What `READERS[name]` does, with a clock in it."""
     augment, begin = 0.0, time.perf_counter()
-    if request.stream == "images":
+    if request.kind == "images":
         wanted = {0: [(request, into)]}
         pictures = ((0, pyav.picture([request])) for _ in range(1))
     else:
@@ -316,8 +319,8 @@ def _dali_parts(data: DataConfig, requests: list[Request], batch: int, seconds: 
     assert isinstance(backend, dali.Pipelines)
     chunk: list[Request] = []
     samples: list[Any] = []
-    stream, size = requests[0].stream, requests[0].size
-    whole, cutting = (backend.pipeline(stream, itertools.repeat(samples), batch, side) for side in (0, size))
+    kind, size = requests[0].kind, requests[0].size
+    whole, cutting = (backend.pipeline(kind, itertools.repeat(samples), batch, side) for side in (0, size))
 
     def go() -> tuple[float, ...]:
         """Seconds of reading and decoding; of reading, decoding and cutting; of handing over."""

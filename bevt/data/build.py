@@ -23,7 +23,7 @@ from bevt.data.batch import BadFile, Batch
 from bevt.data.check import changed
 from bevt.data.decoding import Backend, Masks, Plan, Processes
 from bevt.data.files import ReadError
-from bevt.data.manifest import Manifest, open_source, probe_source
+from bevt.data.manifest import Kind, Manifest, open_source, probe_source
 from bevt.data.sampling import NEVER_REPLACED, STREAMS, Request, Sampler, Stream
 
 MOST_SUBSTITUTES = 10
@@ -60,6 +60,11 @@ def build_loader(
     can be read.
     """
     return StepLoader(config, rank, world_size, prefer, kept)
+
+
+def source_kind(data: DataConfig, stream: Stream) -> Kind:
+    """What the files of a stream's source are: videos for images too, where those are frames of them."""
+    return "clips" if stream == "images" and data.image_source == "frames" else stream
 
 
 class Choice(NamedTuple):
@@ -188,7 +193,7 @@ class StepLoader:
         Masks(config, self._masked)  # raises here, not when the first batch is asked for
         self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept)
         held_out = [
-            probe_source(source, stream, kept=True)
+            probe_source(source, source_kind(config.data, stream), kept=True)
             for stream in self._masked
             if (source := getattr(config.data, f"val_{stream}")) and getattr(config.train, f"eval_{stream}")
         ]
@@ -265,7 +270,7 @@ class StepLoader:
     def views(self, stream: Stream) -> dict[str, Any]:
         """What decides a stream's fixed views, as JSON takes it: the files' names and sizes, the cut, the decoder."""
         keys = ["crop", "short_side", "flip", "views", "backend"]
-        keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter"]
+        keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter", "image_source"]
         values = {f"data.{key}": getattr(self.config.data, key) for key in keys}
         return {"fingerprint of the files": self._samplers[stream].manifest.fingerprint(), **values}
 
@@ -500,7 +505,7 @@ def _samplers(config: Config, clips: bool, images: bool, *, train: bool, kept: b
     wanted: tuple[tuple[Stream, bool], ...] = (("clips", clips), ("images", images))
     for stream, used in wanted:
         if used:
-            manifest = open_source(getattr(config.data, stream), stream, kept=kept)
+            manifest = open_source(getattr(config.data, stream), source_kind(config.data, stream), kept=kept)
             samplers[stream] = Sampler(manifest, config.data, stream, config.train.seed, train=train)
     return samplers
 

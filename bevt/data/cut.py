@@ -17,10 +17,10 @@ Places = list[tuple[Request, Tensor]]
 
 
 def places(requests: Sequence[Request], into: Sequence[Tensor]) -> dict[int, Places]:
-    """By frame number, rising: who of the clips asks for it. `into`: one (T, size, size, 3) tensor a request."""
+    """By frame number, rising: who asks for it. `into`: (T, size, size, 3) of a clip, (size, size, 3) of an image."""
     found: dict[int, Places] = {}
     for request, out in zip(requests, into, strict=True):
-        for frame, row in zip(request.frames, out, strict=True):
+        for frame, row in zip(request.frames, out if request.stream == "clips" else [out], strict=True):
             found.setdefault(frame, []).append((request, row))
     return dict(sorted(found.items()))
 

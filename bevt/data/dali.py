@@ -31,7 +31,7 @@ from bevt.config import DataConfig
 from bevt.data import DataError, pyav
 from bevt.data.decoding import Begun, Decoded, Masks, Plan, shape
 from bevt.data.files import ReadError
-from bevt.data.manifest import Manifest
+from bevt.data.manifest import Kind, Manifest
 from bevt.data.sampling import STREAMS, Request, Stream
 
 CODECS = {
@@ -46,8 +46,8 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")
 """8-bit 4:2:0, which every one of these decoders takes."""
 
-_INPUTS: dict[Stream, int] = {"clips": 6, "images": 5}
-"""How many of `_columns` a pipeline takes: images have no frame numbers."""
+_INPUTS: dict[Kind, int] = {"clips": 6, "images": 5}
+"""How many of `_columns` a pipeline takes: pictures have no frame numbers."""
 
 _log = logging.getLogger("bevt.data")
 
@@ -95,9 +95,9 @@ class Pipelines:
         """Decode requests of one file; by PyAV, which the log then says, where DALI cannot. Raises ReadError."""
         for request, out in zip(requests, into, strict=True):
             sample = load(request)
-            pipeline = self.pipeline(request.stream, iter([[sample]]), 1, request.size)
+            pipeline = self.pipeline(request.kind, iter([[sample]]), 1, request.size)
             try:
-                out.copy_(self._run(pipeline, [sample])[0])
+                out.copy_(self._run(pipeline, [sample]).view_as(out))
             except _Broken as broken:
                 host = torch.zeros(out.shape, dtype=torch.uint8)
                 pyav.read([request], [host])
@@ -134,7 +134,8 @@ class Pipelines:
             pipelines = {}
             for stream, feed in zip(streams, feeds, strict=True):
                 requests = getattr(first.plan, stream)
-                pipelines[stream] = self.pipeline(stream, _batches(feed, stream), len(requests), requests[0].size)
+                kind, size = requests[0].kind, requests[0].size
+                pipelines[stream] = self.pipeline(kind, _batches(feed, stream), len(requests), size)
             del first
             for item in mine:
                 pixels = {stream: self._pixels(item, stream, pipeline) for stream, pipeline in pipelines.items()}
@@ -145,7 +146,7 @@ class Pipelines:
     def _pixels(self, item: _Loaded, stream: Stream, pipeline: Any) -> Tensor:
         """A plan's pixels of one stream; zeros for what could not be loaded."""
         requests, samples = getattr(item.plan, stream), item.samples[stream]
-        found = self._run(pipeline, samples) if samples else None
+        found = self._run(pipeline, samples).view(-1, *shape(requests)[1:]) if samples else None
         if found is not None and len(samples) == len(requests):
             return found
         out = torch.zeros(shape(requests), dtype=torch.uint8, device=self._device)
@@ -172,16 +173,16 @@ class Pipelines:
             pixels["clips"], masks("clips", plan.clips), pixels["images"], masks("images", plan.images), failures
         )
 
-    def pipeline(self, stream: Stream, feed: Iterator[list[_Sample]], batch: int, size: int) -> Any:
+    def pipeline(self, kind: Kind, feed: Iterator[list[_Sample]], batch: int, size: int) -> Any:
         """A pipeline that takes batches of at most `batch` samples from `feed`, and cuts them to squares of `size`.
 
         0: it returns the decoded pictures first, and then what says how to cut them.
         """
         from nvidia.dali import pipeline_def
 
-        define = pipeline_def(_clips if stream == "clips" else _images)
+        define = pipeline_def(_clips if kind == "clips" else _images)
         pipeline = define(
-            (_columns(samples)[: _INPUTS[stream]] for samples in feed),
+            (_columns(samples)[: _INPUTS[kind]] for samples in feed),
             "cpu" if self._device_id is None else "mixed",
             size,
             batch_size=batch,
@@ -196,7 +197,10 @@ class Pipelines:
         return pipeline
 
     def _run(self, pipeline: Any, samples: list[_Sample]) -> Tensor:
-        """(samples, ..., size, size, 3) uint8, upright: the pipeline's next batch. Raises _Broken."""
+        """(samples, size, size, 3) uint8, of videos (samples, T, size, size, 3), upright: the pipeline's next batch.
+
+        Raises _Broken.
+        """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             batch, shapes = pipeline.run(stream)

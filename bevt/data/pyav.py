@@ -48,7 +48,7 @@ def read(requests: Sequence[Request], into: Sequence[Tensor]) -> None:
     where the file is missing, cannot be decoded, or holds fewer frames than its manifest says; DataError where PyAV is
     not installed.
     """
-    if requests[0].stream == "images":
+    if requests[0].kind == "images":
         cut(picture(requests), list(zip(requests, into, strict=True)))
         return
     wanted = places(requests, into)

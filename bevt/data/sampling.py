@@ -16,7 +16,7 @@ import numpy as np
 from bevt.config import DataConfig
 from bevt.data import DataError
 from bevt.data.files import File
-from bevt.data.manifest import Entry, Manifest
+from bevt.data.manifest import Entry, Kind, Manifest
 
 Stream = Literal["clips", "images"]
 STREAMS: tuple[Stream, ...] = ("clips", "images")
@@ -46,8 +46,10 @@ class Request:
     position: int
     """Global position in the stream: epoch * files + place in the epoch."""
     file: File
+    kind: Kind
+    """What the file is: `clips` a video, of which an image is one frame, `images` a picture."""
     frames: tuple[int, ...]
-    """Frame numbers in the file; (0,) for an image."""
+    """Frame numbers in the file; (0,) of a picture."""
     resize: tuple[int, int]
     """(height, width) to which the whole upright frame is resized, bicubic with antialiasing."""
     crop: tuple[int, int]
@@ -78,8 +80,8 @@ class Request:
 
     @property
     def id(self) -> str:
-        """`path@frame,frame,...` of a clip, the path of an image."""
-        return self.path if self.stream == "images" else f"{self.path}@{','.join(map(str, self.frames))}"
+        """`path@frame,frame,...` of a video, the path of a picture."""
+        return self.path if self.kind == "images" else f"{self.path}@{','.join(map(str, self.frames))}"
 
 
 class Sampler:
@@ -92,6 +94,8 @@ class Sampler:
       read from its first frame and loops (frame numbers modulo the length, as in the official code).
     - `segments`: one frame from each of `data.frames` equal parts, drawn uniformly (Something-Something; TSN, arXiv
       1608.00859, section 3.1); a file with fewer frames repeats them.
+
+    An image that is taken from a video is one frame of it, drawn uniformly whatever `data.sampling` says.
 
     The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the flip uniformly;
     images also draw three jitter factors and their order. With `train=False`: files in their own order, the middle of
@@ -139,7 +143,7 @@ class Sampler:
             return int(u[i] * count) if self.train else (count - 1) // 2
 
         entry = self.manifest.entries[number]
-        frames = self._frames(entry, u if self.train else None, 0.5) if self.stream == "clips" else (0,)
+        frames = self._frames(entry, u if self.train else None, 0.5) if self.manifest.kind == "clips" else (0,)
         short = shortest + (below(longest - shortest + 1, 1) if self.train else 0)
         height, width = _resized(entry, short)
         jitter = NO_JITTER
@@ -198,6 +202,7 @@ class Sampler:
             stream=self.stream,
             position=position,
             file=self.manifest.file(entry),
+            kind=self.manifest.kind,
             frames=frames,
             resize=resize,
             crop=crop,
@@ -213,10 +218,12 @@ class Sampler:
         )
 
     def _frames(self, entry: Entry, u: np.ndarray | None, share: float) -> tuple[int, ...]:
-        """Frame numbers of a clip: drawn with the numbers `u`, or without them at `share` (0 .. 1) of the way."""
-        count, stride = self.data.frames, self.data.stride
+        """Frame numbers of a clip, or of an image (one): drawn with the numbers `u`, or without them at `share`
+        (0 .. 1) of the way.
+        """
+        count, stride = (self.data.frames, self.data.stride) if self.stream == "clips" else (1, 1)
         first, length = entry.start, (entry.end or entry.frames) - entry.start
-        if self.data.sampling == "segments":
+        if self.stream == "clips" and self.data.sampling == "segments":
             parts = list(pairwise(i * length // count for i in range(count + 1)))
             if u is None:
                 return tuple(first + a + int(max(b - a - 1, 0) * share) for a, b in parts)

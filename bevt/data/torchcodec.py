@@ -31,7 +31,7 @@ def library() -> ModuleType:
 
 def read(requests: Sequence[Request], into: Sequence[Tensor]) -> None:
     """As `bevt.data.pyav.read`."""
-    if requests[0].stream == "images":
+    if requests[0].kind == "images":
         pyav.read(requests, into)
         return
     wanted = places(requests, into)

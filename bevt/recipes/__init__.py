@@ -9,8 +9,18 @@ from collections.abc import Callable
 
 from bevt.config import Config
 from bevt.recipes.demo import demo_image_stage, demo_joint_stage
-from bevt.recipes.pretrain import image_only, image_stage, joint_stage, video_only
+from bevt.recipes.pretrain import image_stage, joint_frames, joint_stage, joint_vq, mask_ablation, video_only
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    f.__name__: f for f in (image_stage, joint_stage, video_only, image_only, demo_image_stage, demo_joint_stage)
+    f.__name__: f
+    for f in (
+        image_stage,
+        joint_stage,
+        joint_frames,
+        joint_vq,
+        video_only,
+        mask_ablation,
+        demo_image_stage,
+        demo_joint_stage,
+    )
 }

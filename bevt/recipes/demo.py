@@ -27,7 +27,7 @@ def demo_image_stage() -> Config:
 
 
 def demo_joint_stage() -> Config:
-    """Joint stage of `bevt demo`: clips of 16 frames and stills through one encoder, from the image stage's weights.
+    """Joint stage of `bevt demo`: clips and stills through one encoder, from the image stage's weights.
 
     Command: bevt demo. Cost and result: see the README.
     """

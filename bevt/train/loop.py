@@ -26,7 +26,7 @@ from bevt import tokenizers
 from bevt.config import Config, ConfigError, check, from_dict, to_dict
 from bevt.data import DataError
 from bevt.data.batch import Loader
-from bevt.data.build import StepLoader, build_loader, check_held_out
+from bevt.data.build import StepLoader, build_loader, check_held_out, source_kind
 from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
@@ -277,11 +277,12 @@ def _probe_sources(config: Config, world: World, quiet: bool) -> None:
         if not getattr(config.train, kind):
             continue
         with counting(f"probing {kind}", enabled=not quiet) as progress:
-            probe_source(getattr(config.data, kind), kind, progress=progress)
+            probe_source(getattr(config.data, kind), source_kind(config.data, kind), progress=progress)
         held_out = getattr(config.data, f"val_{kind}")
         if held_out and getattr(config.train, f"eval_{kind}"):
             with counting(f"probing held-out {kind}", enabled=not quiet) as progress:
-                check_held_out(probe_source(held_out, kind, progress=progress), config.data.backend)
+                manifest = probe_source(held_out, source_kind(config.data, kind), progress=progress)
+                check_held_out(manifest, config.data.backend)
     world.barrier()
 
 

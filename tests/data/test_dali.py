@@ -70,6 +70,7 @@ def whole(path: Path, height: int, width: int, **changes: object) -> Request:
         stream="clips",
         position=0,
         file=File(str(path), str(path)),
+        kind=changes.get("stream", "clips"),
         frames=FRAMES,
         resize=(height, width),
         crop=(0, 0),
@@ -227,6 +228,19 @@ def test_the_loader_serves_what_pyav_serves(mixed: Config) -> None:
     for batch, copy, expected in zip(batches, copies, take(mixed, 8), strict=True):
         assert torch.equal(batch.clips, copy.clips)
         assert torch.equal(batch.images, copy.images)
+        assert_alike(batch, expected)
+
+
+def test_frames_as_images(mixed: Config, vp9: Path, tmp_path: Path) -> None:
+    """Single frames of videos, one of them damaged: what PyAV serves, and nothing is left to PyAV."""
+    folder = tmp_path / "videos"
+    shutil.copytree(vp9, folder, ignore=shutil.ignore_patterns(".*"))
+    index(str(folder), "clips", cache=tmp_path / "videos.jsonl")
+    min(folder.glob("*.webm")).write_text("no video")
+    frames = with_data(mixed, images=str(tmp_path / "videos.jsonl"), val_images="", image_source="frames")
+    batches = take(with_data(frames, backend="dali"), 3)
+    assert any(batch.bad for batch in batches)
+    for batch, expected in zip(batches, take(frames, 3), strict=True):
         assert_alike(batch, expected)
 
 

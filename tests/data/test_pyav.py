@@ -33,6 +33,7 @@ def request_for(path: Path, resize: tuple[int, int], frames: tuple[int, ...], **
         stream="clips",
         position=0,
         file=File(str(path), str(path)),
+        kind=changes.get("stream", "clips"),
         frames=frames,
         resize=resize,
         crop=(0, 0),

@@ -299,7 +299,9 @@ class PretrainStep(_Model):
             return out["loss_clips"] + out["loss_images"]
 
         with self._precision(leaves):
-            return {"loss": torch.func.functional_call(_Call(model, loss), own, (), {**inputs})}
+            return {
+                "loss": torch.func.functional_call(_Call(model, loss), own, (), {str(s): x for s, x in inputs.items()})
+            }
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
         """Logits of the contestant's codes; loss and gradients on float32's codes."""

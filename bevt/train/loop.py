@@ -36,6 +36,7 @@ from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
+from bevt.train.profile import Profile
 from bevt.train.step import TrainStep
 
 FREE_ON_RESUME = {
@@ -62,8 +63,10 @@ class RunResult:
         return self.step >= self.steps
 
 
-def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = False) -> RunResult:
-    """Run `config` into the folder `out`, or continue there with `resume`.
+def pretrain(
+    config: Config, out: Path, *, resume: bool = False, quiet: bool = False, profile: bool = False
+) -> RunResult:
+    """Run `config` into the folder `out`, or continue there with `resume`; `profile` records a few steps into it.
 
     SIGTERM and SIGINT end training after the current step, with a checkpoint; what comes before, looking at the files,
     and after, evaluation, they end as they end any program, and `resume` takes it up again. Raises ConfigError,
@@ -74,13 +77,19 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, quiet: bool = F
     try:
         with ExitStack() as stack:
             saved = _open_run(config, out, world, stack, resume)
-            return _train(config, out, world, stack, saved, quiet)
+            return _train(config, out, world, stack, saved, quiet, profile)
     finally:
         world.close()
 
 
 def _train(
-    config: Config, out: Path, world: World, stack: ExitStack, saved: dict[str, Any] | None, quiet: bool
+    config: Config,
+    out: Path,
+    world: World,
+    stack: ExitStack,
+    saved: dict[str, Any] | None,
+    quiet: bool,
+    profiled: bool,
 ) -> RunResult:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -162,6 +171,9 @@ def _train(
         world.barrier()
         return path
 
+    profile = Profile(out, world.device) if profiled and world.main else None
+    if profile:
+        stack.callback(profile.close)
     batches = iter(loader)
     step, last = start, checkpoint.latest(out / "checkpoints")
     while step < steps and not world.any(stop.requested):
@@ -175,6 +187,8 @@ def _train(
         step += 1
         meter.add(step, micro, result)
         display.step(step)
+        if profile:
+            profile.step()
         bad_files.add(entry for batch in micro for entry in batch.bad)
         checkpointed = step % config.train.checkpoint_every == 0 or step == steps
         # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.
@@ -182,7 +196,7 @@ def _train(
         if logged or world.device.type == "cpu":
             meter.check_finite()
         if logged:
-            row = meter.row(step, learning_rate(config.optim, step - 1, steps))
+            row = meter.row(step, learning_rate(config.optim, step - 1, steps), train_step.phases.read())
             if writer:
                 writer.write(row)
             display.row(row, eta_seconds=(steps - step) * row["step_seconds"])

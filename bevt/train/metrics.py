@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -99,8 +100,12 @@ class RunError(UserError):
 class Meter:
     """What the steps since the last row did; device scalars are read once a row."""
 
-    def __init__(self, config: Config, world: World, names: list[str], out: Path) -> None:
+    def __init__(
+        self, config: Config, world: World, names: list[str], out: Path, *, flop: float = 0.0, peak: float = 0.0
+    ) -> None:
+        """`flop`: counted operations of one step over all devices; `peak`: of one device a second, 0: not known."""
         self.config, self.world, self.names, self.out = config, world, names, out
+        self.flop, self.peak = flop / world.size, peak
         self._unchecked: list[tuple[int, list[str], StepResult]] = []
         self._clear()
 
@@ -162,22 +167,41 @@ class Meter:
             "A lower --optim.lr, --train.precision float32 or a longer warm-up are the usual cures"
         )
 
-    def row(self, step: int, lr: float) -> dict[str, Any]:
+    def row(self, step: int, lr: float, phases: dict[str, float]) -> dict[str, Any]:
         """The means since the last row, over all processes: one device read.
 
-        `replaced` is a count: samples whose file turned out unreadable, so that another was read in its place.
+        `replaced` is a count: samples whose file turned out unreadable, so that another was read in its place. Of this
+        process alone: `*_seconds` of a step and its `phases` (seconds since the last row); `tflops`, the counted
+        operations (masked positions only, activations computed once) of a device a second, in 10**12; `mfu`, their
+        share of the device's matrix-product rate; `memory_gib`, the peak: on CUDA of tensors since the last row, on a
+        CPU of the process since it began.
         """
         seconds = time.perf_counter() - self._start
         values = self.world.mean(torch.stack(list(self._sums.values())) / self._count)
         row: dict[str, Any] = {"event": "train", "step": step, **dict(zip(self._sums, values.tolist())), "lr": lr}
         row["replaced"] = round(row["replaced"] * self._count * self.world.size)
         row["step_seconds"] = seconds / self._timed
+        row |= {f"{phase}_seconds": spent / self._timed for phase, spent in phases.items()}
         row["data_wait"] = self._waited / seconds
         for stream in ("clips", "images"):
             if getattr(self.config.train, stream):
                 row[f"{stream}_per_second"] = getattr(self.config.train, stream) * self._timed / seconds
+        if self.flop:
+            row["tflops"] = self.flop * self._timed / seconds / 1e12
+        if self.flop and self.peak:
+            row["mfu"] = row["tflops"] * 1e12 / self.peak
+        row["memory_gib"] = peak_memory(self.world.device) / 2**30
         self._clear()
         return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: on CUDA of the allocator since this was last asked, else of the process since it began."""
+    if device.type != "cuda":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 @contextmanager
@@ -226,6 +250,9 @@ class Display:
                 parts.append(f"{stream} {row[f'loss_{stream}']:.3f} acc {100 * row[f'accuracy_{stream}']:.1f}%")
                 parts.append(f"{row[f'{stream}_per_second']:.1f} {unit}")
         parts.append(f"data wait {100 * row['data_wait']:.0f}%")
+        if "mfu" in row:
+            parts.append(f"MFU {100 * row['mfu']:.1f}%")
+        parts.append(f"{row['memory_gib']:.1f} GiB")
         minutes, seconds = divmod(round(eta_seconds), 60)
         self.text(row["step"], "  ".join(parts), f"  ETA {minutes}:{seconds:02d}")
 

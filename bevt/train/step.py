@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from bevt import draws, masking
 from bevt.config import Config, MaskConfig, ModelConfig
@@ -183,14 +184,14 @@ class TrainStep:
             for what in ("loss", "accuracy")
         }
         for i, batch in enumerate(batches):
-            inputs = masked_inputs(batch, self.tokenizer, self.config, self.world.device, self.cache)
+            with record_function("bevt: tokenizer"):
+                inputs = masked_inputs(batch, self.tokenizer, self.config, self.world.device, self.cache)
             self.phases.mark("tokenizer")
             for streams in self.passes:
                 last = i == len(batches) - 1 and streams is self.passes[-1]
                 given = {s: self._dropped(inputs.pop(s), getattr(batch, f"{s[:-1]}_seeds")) for s in streams}
-                for name, value in self.run(
-                    given, {s: weights[i, self.streams.index(s)] for s in streams}, last
-                ).items():
+                shares = {s: weights[i, self.streams.index(s)] for s in streams}
+                for name, value in self.run(given, shares, last).items():
                     sums[name] = sums[name] + value
         loss = torch.zeros((), device=self.world.device)
         for stream in self.streams:
@@ -198,18 +199,20 @@ class TrainStep:
         sums = {"loss": loss, **sums}
         if self.cache is not None:
             sums["tokens_cached"] = torch.full((), self.cache.share(), device=self.world.device)  # a kernel, not a copy
-        result = self._update(lr, sums)
+        with record_function("bevt: optimizer"):
+            result = self._update(lr, sums)
         self.phases.mark("optimizer")
         return result
 
     def run(self, inputs: dict[Stream, MaskedInput], weights: dict[Stream, Tensor], last: bool) -> dict[str, Tensor]:
         """Forward and backward of a micro-batch's streams; their shares, by `weights`, of the step's figures."""
         with self.world.synchronising(self.model, last):
-            with autocast(self.config, self.world.device):
+            with record_function("bevt: forward"), autocast(self.config, self.world.device):
                 out = self.model(**inputs)
             self.phases.mark("head")
             shares = [out[f"loss_{s}"] * (weight * self._lambda(s)) for s, weight in weights.items()]
-            sum(shares[1:], shares[0]).backward()
+            with record_function("bevt: backward"):
+                sum(shares[1:], shares[0]).backward()
             self.phases.mark("encoder")
         return {name: value.detach() * weights[cast(Stream, name.rpartition("_")[2])] for name, value in out.items()}
 

@@ -45,8 +45,8 @@ def train_rows(out: Path) -> list[dict[str, Any]]:
 
 def figures(out: Path) -> list[dict[str, Any]]:
     """The training rows without what a clock measured."""
-    timed = ("step_seconds", "data_wait", "clips_per_second", "images_per_second")
-    return [{key: value for key, value in row.items() if key not in timed} for row in train_rows(out)]
+    timed = ("_seconds", "_per_second", "data_wait", "tflops", "mfu", "memory_gib")
+    return [{key: value for key, value in row.items() if not key.endswith(timed)} for row in train_rows(out)]
 
 
 def signalling() -> Callable[..., Any]:

@@ -30,7 +30,7 @@ def image_stage() -> Config:
 def joint_stage() -> Config:
     """Stage 3: both streams on ImageNet-1K + Kinetics-400, 150 epochs of Kinetics, 256 clips + 2048 images a step.
 
-    Command: bevt pretrain joint_stage --init runs/image_stage/checkpoints/last.pt --data.clips K400/train
+    Command: bevt pretrain joint_stage --init runs/image_stage/checkpoints/last --data.clips K400/train
     --data.images IMAGENET/train --tokenizer.path encoder.pkl --out runs/joint_stage
     Cost: 3.1 TFLOP a clip with its 8 images; see `bevt budget joint_stage`.
     Expected: masked accuracy of about 4 % on images and, on clips, 10 % at epoch 32 and 13 % at the end (authors).

@@ -1,6 +1,6 @@
 """The training loop, from a configuration to a finished run folder.
 
-A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last.pt`), `bad_files.jsonl`
+A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last`), `bad_files.jsonl`
 where a file could not be read, `nonfinite.json` where a loss was not finite, and `pictures/` at the end.
 """
 
@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -112,10 +112,14 @@ def _train(
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     meter = Meter(config, world, names, out)
     implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
+    stack.callback(checkpoints.close)
     if saved:
-        weights.load(model, saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        meter.load_state_dict(saved["meter"])
+        assert checkpoints.newest is not None
+        with _naming_a_way_on():
+            checkpoint.restore(checkpoints.newest, model, optimizer)
+        sums = {name: torch.tensor(value) for name, value in saved["meter"]["sums"].items()}
+        meter.load_state_dict({**saved["meter"], "sums": sums})
         try:
             loader.load_state_dict(saved["loader"])
         except ValueError as error:
@@ -139,36 +143,32 @@ def _train(
         meter.check_finite()
         if cache is not None:
             cache.flush()
-        path = out / "checkpoints" / f"step_{step:08d}.pt"
         unwritten = meter.state_dict()
-        if world.main:
-            payload = {
-                "config": to_dict(config),
-                "tokenizer": digest,
-                "streams": list(model.streams),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "loader": loader.state_dict(),
-                "meter": unwritten,
-                "versions": {
-                    "bevt": bevt.__version__,
-                    "torch": str(torch.__version__),
-                    "python": platform.python_version(),
-                },
-                "implementations": implementations,
-            }
-            path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
-        world.barrier()
-        return path
+        plain = {
+            "config": to_dict(config),
+            "tokenizer": digest,
+            "streams": list(model.streams),
+            "loader": loader.state_dict(),
+            "meter": {**unwritten, "sums": {name: value.item() for name, value in unwritten["sums"].items()}},
+            "versions": {
+                "bevt": bevt.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            "implementations": implementations,
+        }
+        return checkpoints.save(step, model, optimizer, plain)
 
     batches = iter(loader)
-    step, last = start, checkpoint.latest(out / "checkpoints")
+    step = start
     while step < steps and not world.any(stop.requested):
         try:
             micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
         except DataError:
             if world.size == 1 and step > start:  # several processes could not meet to write it
-                display.note(f"what was trained is kept in {save(step)}")
+                kept = save(step)
+                checkpoints.wait()
+                display.note(f"what was trained is kept in {kept}")
             raise
         result = train_step(step, learning_rate(config.optim, step, steps), micro)
         step += 1
@@ -186,9 +186,11 @@ def _train(
                 writer.write(row)
             display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
         if checkpointed:
-            last = save(step)
+            save(step)
     if step < steps:
-        last = save(step)
+        save(step)
+    checkpoints.wait()
+    last = checkpoints.newest
     loader.close()
     stop.end()
     if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them
@@ -240,7 +242,7 @@ def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
     checkpoint and WeightsError for a model of another size, or one that learned another tokenizer's codes.
     """
     path = Path(config.init)
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, optimizer=False)
     state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
     missing, unused = [], []
     try:
@@ -283,7 +285,7 @@ def _probe_sources(config: Config, world: World, quiet: bool) -> None:
 
 
 def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
-    """Make or reopen the run folder, held by this run until `stack` ends; the checkpoint to continue from, if any."""
+    """Make or reopen the run folder, held by this run until `stack` ends; what the newest checkpoint says, if any."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
     try:
@@ -296,12 +298,8 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
     found = checkpoint.latest(out / "checkpoints")
     if not resume and ((out / "metrics.jsonl").exists() or found):
         raise RunError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
-    try:
-        saved = checkpoint.load(found) if found else None
-    except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(
-            f"{error}; to continue at the checkpoint before it, delete that file and resume again"
-        ) from error
+    with _naming_a_way_on():
+        saved = checkpoint.read_state(found) if found else None
     if saved:
         changed = [
             f"{key} = {old!r}, now {new!r}"
@@ -317,6 +315,17 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
         (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     world.barrier()
     return saved
+
+
+@contextmanager
+def _naming_a_way_on() -> Iterator[None]:
+    """Where the newest checkpoint of a run is refused."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(
+            f"{error}; to continue at the checkpoint before it, delete that folder and resume again"
+        ) from error
 
 
 def _hold(out: Path, stack: ExitStack) -> None:

@@ -77,7 +77,7 @@ def demo(out: Path, seed: int = 0) -> bool | None:
     first = timed("image stage", lambda: pretrain(image, out / "image_stage", resume=True))
     if not first.finished:
         return None
-    joint = stage(demo_joint_stage(), init=str(out / "image_stage" / "checkpoints" / "last.pt"))
+    joint = stage(demo_joint_stage(), init=str(out / "image_stage" / "checkpoints" / "last"))
     second = timed("joint stage", lambda: pretrain(joint, out / "joint_stage", resume=True))
     if not second.finished:
         return None

@@ -133,9 +133,9 @@ def test_the_joint_stage_at_full_size_on_real_clips(run: Run, real_folders: tupl
 
 def test_exit_status_of_a_stopped_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3; under torchrun, which would start it again, 0."""
-    monkeypatch.setattr(loop, "pretrain", lambda *_, **__: loop.RunResult(3, 10, tmp_path / "a.pt", {}))
+    monkeypatch.setattr(loop, "pretrain", lambda *_, **__: loop.RunResult(3, 10, tmp_path / "a", {}))
     status, out, _ = run("pretrain", "joint_stage", "--out", tmp_path)
-    assert (status, out) == (3, f"stopped, to be continued with --resume, at step 3 of 10: {tmp_path / 'a.pt'}\n")
+    assert (status, out) == (3, f"stopped, to be continued with --resume, at step 3 of 10: {tmp_path / 'a'}\n")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run("pretrain", "joint_stage", "--out", tmp_path)[0] == 0
 
@@ -250,7 +250,7 @@ def test_a_value_of_the_wrong_type(run: Run) -> None:
 
 def test_a_checkpoint_of_another_size(run: Run, folders: tuple[Path, Path], vq: Path, tmp_path: Path) -> None:
     assert run(*_pretrain(folders, vq, tmp_path / "small"))[0] == 0
-    init = tmp_path / "small" / "checkpoints" / "last.pt"
+    init = tmp_path / "small" / "checkpoints" / "last"
     status, _, err = run(*_pretrain(folders, vq, tmp_path / "large", "--init", init, "--model.embed-dim", 32))
     assert status == 2
     assert str(init) in err

@@ -53,7 +53,7 @@ def test_every_part_runs_and_leaves_its_files(short: None, tmp_path: Path, capsy
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val_loss_clips"] > 0.75 * result["entropy_clips"]
     for stage in ("image_stage", "joint_stage"):
-        assert (tmp_path / stage / "checkpoints" / "last.pt").exists()
+        assert (tmp_path / stage / "checkpoints" / "last").exists()
         assert (tmp_path / stage / "metrics.jsonl").exists()
         assert (tmp_path / stage / "pictures" / "curves.png").exists()
     assert (tmp_path / "joint_stage" / "pictures" / "clip_0.png").exists()

@@ -77,7 +77,7 @@ def test_commands_can_be_run(name: str) -> None:
             continue
         config = parsed(command)
         check(config)
-        assert config.init.removesuffix("/checkpoints/last.pt") in {"", *written}
+        assert config.init.removesuffix("/checkpoints/last") in {"", *written}
         assert config.tokenizer.path in {"encoder.pkl", *written}
         assert (config.tokenizer.kind == "vq") == config.tokenizer.path.startswith("vq")
         written.add(shlex.split(command)[-1])

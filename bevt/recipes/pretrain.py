@@ -37,7 +37,7 @@ def image_stage() -> Config:
 def joint_stage() -> Config:
     """BEVT: both streams on ImageNet-1K and Kinetics-400, 150 epochs, 256 clips + 2048 images a step.
 
-    Command, from BEVT-I: bevt pretrain joint_stage --init runs/image_stage/checkpoints/last.pt --data.clips K400/train
+    Command, from BEVT-I: bevt pretrain joint_stage --init runs/image_stage/checkpoints/last --data.clips K400/train
     --data.images IMAGENET/train --tokenizer.path encoder.pkl --out runs/joint_stage
     Command, from scratch: bevt pretrain joint_stage --data.clips K400/train --data.images IMAGENET/train
     --tokenizer.path encoder.pkl --out runs/joint_scratch
@@ -56,7 +56,7 @@ def joint_frames() -> Config:
 
     Command, first: bevt pretrain image_stage --data.images K400/train --data.image-source frames
     --optim.max-steps 500456 --tokenizer.path encoder.pkl --out runs/image_frames
-    Command, then: bevt pretrain joint_frames --init runs/image_frames/checkpoints/last.pt --data.clips K400/train
+    Command, then: bevt pretrain joint_frames --init runs/image_frames/checkpoints/last --data.clips K400/train
     --data.images K400/train --tokenizer.path encoder.pkl --out runs/joint_frames
     Cost: as `joint_stage`, and `image_stage` before it.
     Expected: 70.3 SSv2, 86.6 Diving48, 80.5 K400.
@@ -73,7 +73,7 @@ def joint_vq() -> Config:
     Command, first: bevt tokenizer fit --data.images IMAGENET/train --out vq.safetensors
     Command, second: bevt pretrain image_stage --data.images IMAGENET/train --tokenizer.kind vq
     --tokenizer.path vq.safetensors --out runs/image_vq
-    Command, then: bevt pretrain joint_vq --init runs/image_vq/checkpoints/last.pt --data.clips K400/train
+    Command, then: bevt pretrain joint_vq --init runs/image_vq/checkpoints/last --data.clips K400/train
     --data.images IMAGENET/train --tokenizer.path vq.safetensors --out runs/joint_vq
     Cost: base 468.7 TFLOP a step, 65.91 EFLOP, 7.2 h; small 286.9 TFLOP a step, 40.35 EFLOP, 4.4 h;
     tiny 174.8 TFLOP a step, 24.59 EFLOP, 2.7 h: with the fitted file as --tokenizer.path, without the stage before.
@@ -88,7 +88,7 @@ def joint_vq() -> Config:
 def video_only() -> Config:
     """BEVT-V: the video stream alone on Kinetics-400, otherwise the joint stage.
 
-    Command, from BEVT-I: bevt pretrain video_only --init runs/image_stage/checkpoints/last.pt --data.clips K400/train
+    Command, from BEVT-I: bevt pretrain video_only --init runs/image_stage/checkpoints/last --data.clips K400/train
     --tokenizer.path encoder.pkl --out runs/video_only
     Command, from scratch: bevt pretrain video_only --data.clips K400/train --tokenizer.path encoder.pkl
     --out runs/video_scratch
@@ -106,7 +106,7 @@ def mask_ablation() -> Config:
 
     Command, first: bevt pretrain image_stage --size tiny --data.images IMAGENET/train --tokenizer.path encoder.pkl
     --out runs/image_tiny
-    Command, then: bevt pretrain mask_ablation MASK --init runs/image_tiny/checkpoints/last.pt --data.clips K400/train
+    Command, then: bevt pretrain mask_ablation MASK --init runs/image_tiny/checkpoints/last --data.clips K400/train
     --data.images IMAGENET/train --tokenizer.path encoder.pkl --out runs/MASK
 
         mask                MASK                             SSv2   K400

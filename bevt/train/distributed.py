@@ -66,6 +66,8 @@ class World:
     device: torch.device
     waiting: dist.ProcessGroup | None = None
     """For `barrier`: a group without the others' time limit, since one process may look at files for hours."""
+    checkpointing: dist.ProcessGroup | None = None
+    """For `Checkpoints`: a group that only its writing thread uses."""
 
     @property
     def main(self) -> bool:
@@ -163,4 +165,5 @@ def join_world() -> World:
     if size == 1:
         return World(rank, size, device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return World(rank, size, device, waiting, checkpointing=dist.new_group(backend="gloo"))

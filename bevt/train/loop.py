@@ -1,6 +1,6 @@
 """The training loop, from a configuration to a finished run folder.
 
-A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last.pt`), `bad_files.jsonl`
+A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last`), `bad_files.jsonl`
 where a file could not be read, `nonfinite.json` where a loss was not finite, and `pictures/` at the end.
 """
 
@@ -12,14 +12,16 @@ import os
 import platform
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
-from bevt_kernels import NoImplementation
+from bevt_kernels import NoImplementation, Spec
+from bevt_kernels.baselines.common import compile_reasons
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import bevt
 from bevt import tokenizers
@@ -31,6 +33,7 @@ from bevt.data.manifest import Kind, probe_source
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.models.reference import ReferenceBEVT
+from bevt.models.region import compile_regions
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint
 from bevt.train.distributed import World, join_world
@@ -41,7 +44,8 @@ from bevt.train.step import TrainStep
 
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
-    "train.keep", "train.threads", "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
+    "train.keep", "train.threads", "train.compile", "train.cuda_graphs", "train.parallel", "train.memory_budget",
+    "optim.impl", "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
     "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
@@ -118,13 +122,21 @@ def _train(
     stack.callback(display.close)
     torch.manual_seed(config.train.seed)
     model = build_model(config, tokenizer.vocab_size, world.device)
-    optimizer = build_optimizer(model, config.optim)
+    if config.init and not saved:
+        display.note(f"{config.init}: {initialise(model, config, digest)}")
+    compiled = _compile(config, model, world.device)
+    wrapped = world.wrap(model, config.train.parallel)
+    optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     meter = Meter(config, world, names, out)
     implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
+    implementations["encoder"] = compiled
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
+    stack.callback(checkpoints.close)
     if saved:
-        weights.load(model, saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        assert checkpoints.newest is not None
+        with _naming_a_way_on():
+            checkpoint.restore(checkpoints.newest, model, optimizer)
         meter.load_state_dict(saved["meter"])
         try:
             loader.load_state_dict(saved["loader"])
@@ -133,14 +145,12 @@ def _train(
         display.note(f"resumed {out} at step {start}")
         for op, was, now in _differences(saved["implementations"], implementations):
             display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
-    elif config.init:
-        display.note(f"{config.init}: {initialise(model, config, digest)}")
     display.note(_describe(config, model, implementations, loader, world, steps))
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
         bad_files.add(loader.unreadable)
-    train_step = TrainStep(world.wrap(model, config.train.parallel), tokenizer, optimizer, config, world, cache)
+    train_step = TrainStep(wrapped, tokenizer, optimizer, config, world, cache)
     writer = MetricsWriter(out, start) if world.main else None
     if writer:
         stack.callback(writer.close)
@@ -149,39 +159,36 @@ def _train(
         meter.check_finite()
         if cache is not None:
             cache.flush()
-        path = out / "checkpoints" / f"step_{step:08d}.pt"
-        unwritten = meter.state_dict()
-        if world.main:
-            payload = {
-                "config": to_dict(config),
-                "tokenizer": digest,
-                "streams": list(model.streams),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "loader": loader.state_dict(),
-                "meter": unwritten,
-                "versions": {
-                    "bevt": bevt.__version__,
-                    "torch": str(torch.__version__),
-                    "python": platform.python_version(),
-                },
-                "implementations": implementations,
-            }
-            path = checkpoint.save(out / "checkpoints", step, payload, config.train.keep)
-        world.barrier()
-        return path
+        plain = {
+            "config": to_dict(config),
+            "tokenizer": digest,
+            "streams": list(model.streams),
+            "loader": loader.state_dict(),
+            "meter": meter.state_dict(),
+            "versions": {
+                "bevt": bevt.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            "implementations": implementations,
+        }
+        return checkpoints.save(step, model, optimizer, plain)
 
     profile = Profile(out, world.device) if profiled and world.main else None
     if profile:
         stack.callback(profile.close)
     batches = iter(loader)
-    step, last = start, checkpoint.latest(out / "checkpoints")
+    step = start
+    meter.start()
+    train_step.phases.start()
     while step < steps and not world.any(stop.requested):
         try:
             micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
         except DataError:
             if world.size == 1 and step > start:  # several processes could not meet to write it
-                display.note(f"what was trained is kept in {save(step)}")
+                kept = save(step)
+                checkpoints.wait()
+                display.note(f"what was trained is kept in {kept}")
             raise
         result = train_step(learning_rate(config.optim, step, steps), micro)
         step += 1
@@ -201,15 +208,19 @@ def _train(
                 writer.write(row)
             display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
         if checkpointed:
-            last = save(step)
+            save(step)
     if step < steps:
-        last = save(step)
+        save(step)
+    checkpoints.wait()
+    last = checkpoints.newest
     loader.close()
     stop.end()
     if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them
         display.note(f"the run is complete and kept in {last}; --resume evaluates it")
         signal.raise_signal(stop.number or signal.SIGTERM)
     evaluation: dict[str, float] = {}
+    if step == steps and (config.data.val_clips or config.data.val_images):
+        model = _whole(model, config, tokenizer.vocab_size, world)
     if step == steps and world.main and (config.data.val_clips or config.data.val_images):
         try:
             evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
@@ -250,6 +261,35 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
         raise ConfigError(f"model: {error}") from error
 
 
+def _compile(config: Config, model: BEVT, device: torch.device) -> str:
+    """Compile the encoder's regions where `train.compile` says so; how they run then, for people and checkpoints.
+
+    Raises ConfigError where it says so and they cannot be compiled.
+    """
+    train = config.train
+    if train.cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"train.cuda_graphs needs a CUDA GPU, this runs on the {device.type}: leave it out")
+    wanted = train.compile == "yes" or (train.compile == "auto" and device.type == "cuda" and config.path == "fused")
+    if not wanted:
+        return "eager"
+    if reasons := compile_reasons(Spec(device.type, torch.float32)):
+        raise ConfigError(f"train.compile: {'; '.join(reasons)}; or set it to 'no'")
+    compile_regions(model, cuda_graphs=train.cuda_graphs)
+    return "compiled, CUDA graphs" if train.cuda_graphs else "compiled"
+
+
+def _whole(model: BEVT, config: Config, vocab_size: int, world: World) -> BEVT:
+    """`model` with whole parameters in the first process, for evaluation; the others take part in gathering them."""
+    if world.size == 1 or config.train.parallel != "fsdp":
+        return model
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not world.main:
+        return model
+    whole = build_model(config, vocab_size, world.device)
+    weights.load(whole, cast("dict[str, torch.Tensor]", state))
+    return whole
+
+
 def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
     """Start `model` from the checkpoint `config.init`: of the same stage, or of the image stage (2D windows), inflated.
 
@@ -257,7 +297,7 @@ def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
     checkpoint and WeightsError for a model of another size, or one that learned another tokenizer's codes.
     """
     path = Path(config.init)
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, optimizer=False)
     state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
     missing, unused = [], []
     try:
@@ -301,7 +341,7 @@ def _probe_sources(config: Config, world: World, quiet: bool) -> None:
 
 
 def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
-    """Make or reopen the run folder, held by this run until `stack` ends; the checkpoint to continue from, if any."""
+    """Make or reopen the run folder, held by this run until `stack` ends; what the newest checkpoint says, if any."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
     try:
@@ -314,12 +354,8 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
     found = checkpoint.latest(out / "checkpoints")
     if not resume and ((out / "metrics.jsonl").exists() or found):
         raise RunError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
-    try:
-        saved = checkpoint.load(found) if found else None
-    except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(
-            f"{error}; to continue at the checkpoint before it, delete that file and resume again"
-        ) from error
+    with _naming_a_way_on():
+        saved = checkpoint.read_state(found) if found else None
     if saved:
         changed = [
             f"{key} = {old!r}, now {new!r}"
@@ -335,6 +371,17 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
         (out / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     world.barrier()
     return saved
+
+
+@contextmanager
+def _naming_a_way_on() -> Iterator[None]:
+    """Where the newest checkpoint of a run is refused."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(
+            f"{error}; to continue at the checkpoint before it, delete that folder and resume again"
+        ) from error
 
 
 def _hold(out: Path, stack: ExitStack) -> None:

@@ -113,16 +113,22 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._count = self._timed = 0
         self._waited = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The time of the first row counts from here."""
         self._start = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """The steps of a row that is not written yet, over all processes: a stop must not change what it will say."""
-        return {"count": self._count, "sums": {name: self.world.mean(v.clone()) for name, v in self._sums.items()}}
+        sums = {name: float(self.world.mean(value.clone())) for name, value in self._sums.items()}
+        return {"count": self._count, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the row of `state`."""
         self._count = state["count"]
-        self._sums = {name: value.to(self.world.device) for name, value in state["sums"].items()}
+        device = self.world.device
+        self._sums = {name: torch.tensor(v, dtype=torch.float64, device=device) for name, v in state["sums"].items()}
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next micro-batch, and how long the loop stood still for it."""
@@ -137,7 +143,7 @@ class Meter:
         replaced = len({(bad.stream, bad.position) for batch in batches for bad in batch.bad})
         counted = {"replaced": torch.full((), float(replaced), device=self.world.device)}  # a kernel, not a copy
         for name, value in {**result.values, **counted}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
         self._count += 1
         self._timed += 1
         self._unchecked.append((step, ids, result))

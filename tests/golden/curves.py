@@ -3,8 +3,8 @@
     python tests/golden/curves.py            # prints by how much today's curves differ from the files
     python tests/golden/curves.py --update   # writes them; the commit that does so says why they moved
 
-A curve is of the reference path in float64, on committed videos, pictures and a committed tokenizer, so that nothing but
-what a step computes can move it. Frames are cropped and not resized, and the fixed views' codes are far from a tie.
+A curve is of the reference path in float64, on committed videos, pictures and tokenizer, so that nothing but what a
+step computes can move it. Frames are cropped and not resized, and the fixed views' codes are far from a tie.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SERIES = ("loss", "grad_norm")
 
 
 def recipes() -> dict[str, Config]:
-    """The three kinds of run at the smallest size that has every part: shifted windows, drop path, both patch embeddings."""
+    """The three kinds of run at the smallest size that has every part: shifted windows, drop path, both streams."""
     data = HERE / "data"
     joint = Config(
         recipe="joint_stage",

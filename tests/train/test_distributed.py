@@ -47,7 +47,7 @@ def test_two_processes_equal_one(config: Config, tmp_path: Path) -> None:
     for a, b in zip(one, two):
         for key in ("loss", "loss_clips", "loss_images", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-3), (key, a["step"])
-    weights = [checkpoint.load(tmp_path / run / "checkpoints" / "last.pt")["model"] for run in ("one", "two")]
+    weights = [checkpoint.load(tmp_path / run / "checkpoints" / "last")["model"] for run in ("one", "two")]
     for name, value in weights[0].items():
         assert (weights[1][name] - value).abs().max() < 1e-3, name
 

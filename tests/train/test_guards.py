@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import changed, figures, train_rows
 
 from bevt.config import Config, ConfigError
@@ -21,7 +21,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of it, cut back to step 4."""
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
-    (out / "checkpoints" / "step_00000006.pt").unlink()
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
     return out
 
 
@@ -43,10 +43,10 @@ def test_changed_keys_are_named(config: Config, run: Path) -> None:
 
 
 def test_a_checkpoint_older_than_a_key_has_its_default(config: Config, run: Path, finished: Path) -> None:
-    path = run / "checkpoints" / "step_00000004.pt"
-    saved = torch.load(path, weights_only=True)
+    path = run / "checkpoints" / "step_00000004" / "state.json"
+    saved = json.loads(path.read_text())
     del saved["config"]["tokenizer"]["precision"], saved["config"]["tokenizer"]["compile"]
-    torch.save(saved, path)
+    path.write_text(json.dumps(saved))
     other = changed(config, tokenizer={"precision": "bfloat16"})
     with pytest.raises(RunError, match=r"tokenizer.precision = 'auto', now 'bfloat16'\."):
         pretrain(other, run, resume=True, quiet=True)
@@ -67,7 +67,7 @@ def test_keys_that_may_change(config: Config, run: Path, finished: Path, tokeniz
     )
     assert pretrain(other, run, resume=True, quiet=True).finished
     assert figures(run) == figures(finished)
-    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000006.pt"]
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000006"]
 
 
 def test_other_data_is_refused(config: Config, run: Path, tmp_path: Path) -> None:
@@ -100,18 +100,24 @@ def test_a_finished_run_stays_as_it_is(config: Config, finished: Path, tmp_path:
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
     result = pretrain(config, out, resume=True, quiet=True)
-    assert (result.step, result.finished, result.checkpoint.name) == (6, True, "step_00000006.pt")
+    assert (result.step, result.finished, result.checkpoint.name) == (6, True, "step_00000006")
     assert train_rows(out) == train_rows(finished)
 
 
 def test_damaged_checkpoint(config: Config, run: Path) -> None:
-    """The newest one is cut short (by a disk): the file is named, and the way on works."""
-    newest = run / "checkpoints" / "step_00000004.pt"
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    says = r"step_00000004.pt is no checkpoint, or was cut short; .*delete that file and resume again"
-    with pytest.raises(checkpoint.CheckpointError, match=says):
-        pretrain(config, run, resume=True, quiet=True)
-    newest.unlink()
+    """The newest one is cut short or overwritten (by a disk): it is named, and the way on works."""
+    newest = run / "checkpoints" / "step_00000004"
+    shard = newest / "__0_0.distcp"
+    data = shard.read_bytes()
+    for damaged, why in (
+        (data[:-1000], r"is damaged: __0_0\.distcp was cut short"),
+        (bytes(len(data)), "cannot be read"),
+    ):
+        shard.write_bytes(damaged)
+        says = rf"step_00000004 {why}.*; .*delete that folder and resume again"
+        with pytest.raises(checkpoint.CheckpointError, match=says):
+            pretrain(config, run, resume=True, quiet=True)
+    shutil.rmtree(newest)
     assert pretrain(config, run, resume=True, quiet=True).finished
 
 

@@ -69,9 +69,9 @@ def test_video_only_from_the_joint_stage(
     config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What images alone use is left out."""
-    old = checkpoint.load(finished / "checkpoints" / "last.pt")["model"]
+    old = checkpoint.load(finished / "checkpoints" / "last")["model"]
     new = first_checkpoint(
-        changed(config, train={"images": 0}), finished / "checkpoints" / "last.pt", tmp_path, monkeypatch
+        changed(config, train={"images": 0}), finished / "checkpoints" / "last", tmp_path, monkeypatch
     )
     assert all(torch.equal(old[key], value) for key, value in new.items())
     assert all(key.startswith(("patch_embed_2d.", "image_decoder.")) for key in old.keys() - new.keys())
@@ -81,7 +81,7 @@ def test_weights_of_another_size(config: Config, image_weights: Path, tmp_path: 
     """The file, a tensor and both shapes."""
     wide = replace(changed(config, model={"embed_dim": 32}), init=str(image_weights))
     with pytest.raises(
-        WeightsError, match=r"step_00000002\.pt: .* of another shape: mask_token \(1, 1, 16\) for \(1, 1, 32\)"
+        WeightsError, match=r"step_00000002: .* of another shape: mask_token \(1, 1, 16\) for \(1, 1, 32\)"
     ):
         pretrain(wide, tmp_path, quiet=True)
 
@@ -91,7 +91,7 @@ def test_weights_for_another_tokenizer(config: Config, image_weights: Path, tmp_
     path = tmp_path / "other.safetensors"
     VQTokenizer(VQModel(VQConfig(image_size=32, vocab_size=32, code_dim=4, width=4, blocks=0))).save(path)
     other = replace(changed(config, tokenizer={"path": str(path)}), init=str(image_weights))
-    with pytest.raises(WeightsError, match=r"step_00000002\.pt: its head predicts the codes of another tokenizer"):
+    with pytest.raises(WeightsError, match=r"step_00000002: its head predicts the codes of another tokenizer"):
         pretrain(other, tmp_path / "run", quiet=True)
 
 

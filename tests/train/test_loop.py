@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import changed, figures, train_rows
+from tiny import changed, figures, same_tensors, train_rows
+from torch.distributed.checkpoint import FileSystemWriter
 
 from bevt.config import Config
 from bevt.data import DataError
@@ -19,10 +20,13 @@ from bevt.models.bevt import BEVT
 from bevt.train import checkpoint
 from bevt.train.loop import RunError, build_model, build_optimizer, pretrain
 from bevt.train.metrics import Display, MetricsWriter, read_rows
+from bevt.train.phases import PHASES
 
 KEYS = [
     *("event", "step", "loss", "loss_clips", "accuracy_clips", "loss_images", "accuracy_images", "grad_norm", "lr"),
     *("step_seconds", "data_wait", "clips_per_second", "images_per_second", "replaced"),
+    *(f"{phase}_seconds" for phase in PHASES),
+    "memory_gib",
 ]
 
 
@@ -54,6 +58,10 @@ def test_rows(finished: Path, config: Config) -> None:
         assert 0 <= row["data_wait"] <= 1
         assert row["clips_per_second"] == pytest.approx(2 / row["step_seconds"])
         assert row["images_per_second"] == pytest.approx(4 / row["step_seconds"])
+        phases = [row[f"{phase}_seconds"] for phase in PHASES]
+        assert min(phases) > 0
+        assert 0.5 * row["step_seconds"] < sum(phases) < 1.01 * row["step_seconds"]
+        assert 0.05 < row["memory_gib"] < 16
     assert_same_scalars(finished)
     assert json.loads((finished / "config.json").read_text())["train"]["clips"] == 2
 
@@ -140,13 +148,32 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
     assert len(report["inputs"]) == 6
     assert sum(".mp4@" in name or ".webm@" in name or ".jpg" in name for name in report["inputs"]) == 6
 
-    saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    saved = checkpoint.load(tmp_path / "checkpoints" / "last")
     assert saved["step"] == 2
     for state in (seen["model"].state_dict(), seen["weights"]):
         assert all(torch.equal(value, saved["model"][name]) for name, value in state.items())
-    now, then = seen["optimizer"].state_dict()["state"], saved["optimizer"]["state"]
-    assert all(torch.equal(value, then[i][key]) for i, state in now.items() for key, value in state.items())
+    same_tensors(saved, seen["model"], seen["optimizer"])
     assert [row["step"] for row in train_rows(tmp_path)] == [1, 2]
+
+
+def test_a_disk_that_fills_up(config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the checkpoint of step 4 is written: it is told at the next one, and the run can go on from step 2."""
+    original = FileSystemWriter.write_data
+
+    def write(self: FileSystemWriter, *arguments: Any) -> Any:
+        if "step_00000004" in str(self.path):
+            raise OSError(28, "No space left on device")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", write)
+        says = r"cannot write .*step_00000004: No space left on device; make room .* continue with --resume"
+        with pytest.raises(checkpoint.CheckpointError, match=says):
+            pretrain(config, tmp_path, quiet=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step_00000002"]
+    assert train_rows(tmp_path)[-1]["step"] == 6
+    assert pretrain(config, tmp_path, resume=True, quiet=True).finished
+    assert figures(tmp_path) == figures(finished)
 
 
 def test_files_that_turn_unreadable(config: Config, tmp_path: Path) -> None:

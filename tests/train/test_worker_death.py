@@ -52,7 +52,7 @@ def test_the_run_stops(config: Config, finished: Path, killed: list[int], tmp_pa
     with pytest.raises(DataError, match=r"the decoding process \d+ died \(SIGKILL\): .*It was the turn of "):
         pretrain(strict, out, quiet=True)
     assert killed
-    assert (out / "checkpoints" / "last.pt").exists()
+    assert (out / "checkpoints" / "last").exists()
     assert pretrain(strict, out, quiet=True, resume=True).finished
     assert figures(out) == figures(finished)
     assert not multiprocessing.active_children()

@@ -10,6 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from bevt.config import Config, to_dict
 from bevt.recipes import RECIPES
 from bevt.train.loop import build_optimizer
@@ -52,8 +55,38 @@ def figures(out: Path) -> list[dict[str, Any]]:
 def signalling() -> Callable[..., Any]:
     """`build_optimizer` during which SIGTERM arrives."""
 
-    def build(*arguments: Any) -> Any:
+    def build(*arguments: Any, **keywords: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return build_optimizer(*arguments)
+        return build_optimizer(*arguments, **keywords)
 
     return build
+
+
+def trained(seed: int, steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:
+    """A model of odd sizes, which no number of processes divides evenly, and its optimizer after a few steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """A few steps on noise."""
+    for _ in range(steps):
+        model(torch.randn(4, 7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def same_tensors(saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Assert that a loaded checkpoint holds exactly this model and optimizer, bit for bit."""
+    parameters = dict(model.named_parameters())
+    assert saved["model"].keys() == parameters.keys()
+    assert saved["optimizer"].keys() == {name for name, value in parameters.items() if value in optimizer.state}
+    for name, value in parameters.items():
+        assert torch.equal(saved["model"][name], value), name
+    for name, state in saved["optimizer"].items():
+        assert state.keys() == optimizer.state[parameters[name]].keys()
+        for key, value in optimizer.state[parameters[name]].items():
+            assert torch.equal(state[key], value), (name, key)

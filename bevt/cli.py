@@ -234,15 +234,19 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
 def _pretrain(argv: list[str]) -> int:
     default, rest = _recipe(argv, "pretrain")
     args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
+    from bevt.data.processes import stop_with_parent
     from bevt.train.loop import pretrain
 
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic:
+        stop_with_parent()
     result = pretrain(args.config, args.out, resume=args.resume)
     if os.environ.get("RANK", "0") == "0":
         how = "finished" if result.finished else "stopped, to be continued with --resume,"
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
         for name, value in result.evaluation.items():
             print(f"  {name:22} {value:.4f}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a run again that does not end with 0
+    if elastic:  # torchrun would start a run again that does not end with 0
         return 0
     return 0 if result.finished else STOPPED
 

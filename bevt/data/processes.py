@@ -89,6 +89,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def stop_with_parent() -> None:
+    """SIGTERM for this process once its parent has ended, however: processes of torchrun would outlive one that is
+    killed, and hold their GPUs.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def end(children: Sequence[BaseProcess], patience: float = 1.0) -> None:
     """Kill the helper processes that have not ended by themselves after `patience` seconds.
 

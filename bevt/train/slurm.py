@@ -210,8 +210,7 @@ class Node:
         def note(signum: int, frame: FrameType | None) -> None:
             came.add(signum)
 
-        # The children inherit the block: some of Slurm's process trackers send the notice to them too, and it would end
-        # them.
+        # The processes inherit the block: some of Slurm's trackers signal them too, and the notice would end them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {notice})
         agent = self._start(environment)
         signal.signal(signal.SIGTERM, note)

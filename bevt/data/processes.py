@@ -89,9 +89,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def stop_with_parent() -> None:
-    """SIGTERM for this process once its parent has ended, however: processes of torchrun would outlive one that is
-    killed, and hold their GPUs.
+def stop_with_parent(patience: float = 300.0) -> None:
+    """SIGTERM for this process once its parent has ended, however, and its end after `patience` seconds: processes of
+    torchrun would outlive one that is killed, and hold their GPUs.
+
+    One that waits for others inside a library, to join them, say, never gets to its handler.
     """
     parent = os.getppid()
 
@@ -99,6 +101,8 @@ def stop_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

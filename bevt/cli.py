@@ -34,6 +34,7 @@ from bevt.config import (
     nearest,
     resized,
 )
+from bevt.train.slurm import SlurmOptions, launch
 
 if TYPE_CHECKING:
     from bevt.data.manifest import Manifest
@@ -47,6 +48,7 @@ USAGE = """usage: bevt COMMAND ...
 
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
   pretrain RECIPE         run a pretraining recipe; without one, list them
+  slurm RECIPE            the same as a job of a Slurm cluster: many machines, requeued until it has finished
   tokenizer fit           train a VQ tokenizer on your own images or clips
   tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
@@ -76,6 +78,17 @@ class PretrainArgs:
     """A published Video Swin size in place of the recipe's; your own model keys come on top."""
     resume: bool = False
     """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
+
+
+@dataclass(frozen=True)
+class SlurmArgs(PretrainArgs):
+    """Submit `bevt pretrain` of a recipe to Slurm: one process a GPU, restarted where one dies, queued again where the
+    time is over. Every key of the configuration can be overridden.
+
+    Exit status 0: submitted.
+    """
+
+    job: Annotated[SlurmOptions, tyro.conf.arg(name="")] = field(default_factory=SlurmOptions)
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,9 @@ class BudgetArgs:
 
 def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
     """Arguments as `args_type`; a flag that does not exist is an error that names the nearest one."""
-    flags = {"--" + key.removeprefix("config.").replace("_", "-") for key in keys(args_type)} | {"--help"}
+    flags = {"--" + key.removeprefix("config.").removeprefix("job.").replace("_", "-") for key in keys(args_type)} | {
+        "--help"
+    }
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for word in argv:
         flag = word.split("=")[0].replace("_", "-")
@@ -238,17 +253,29 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
 def _pretrain(argv: list[str]) -> int:
     default, rest = _recipe(argv, "pretrain")
     args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
+    from bevt.data.processes import stop_with_parent
     from bevt.train.loop import pretrain
 
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic:
+        stop_with_parent()
     result = pretrain(args.config, args.out, resume=args.resume)
     if os.environ.get("RANK", "0") == "0":
         how = "finished" if result.finished else "stopped, to be continued with --resume,"
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
         for name, value in result.evaluation.items():
             print(f"  {name:22} {value:.4f}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a run again that does not end with 0
+    if elastic:  # torchrun would start a run again that does not end with 0
         return 0
     return 0 if result.finished else STOPPED
+
+
+def _slurm(argv: list[str]) -> int:
+    default, rest = _recipe(argv, "slurm")
+    args = _parse(SlurmArgs, rest, f"bevt slurm {argv[0]}", SlurmArgs(out=tyro.MISSING, config=default))
+    _, words = tyro.cli(SlurmOptions, args=rest, return_unknown_args=True)  # those that `bevt pretrain` reads
+    print(launch(args.config, args.job, args.out, [argv[0], *words], resume=args.resume))
+    return 0
 
 
 def _demo(argv: list[str]) -> int:
@@ -414,6 +441,7 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("pretrain",): _pretrain,
+    ("slurm",): _slurm,
     ("tokenizer", "fit"): _tokenizer_fit,
     ("tokenizer", "check"): _tokenizer_check,
     ("data", "index"): _data_index,

@@ -188,7 +188,7 @@ class StepLoader:
 
     def __init__(self, config: Config, rank: int, world_size: int, prefer: str, kept: bool) -> None:
         self._rank, self._world_size = rank, world_size
-        self.accumulation = _accumulation(config, world_size)
+        self.accumulation = accumulation(config, world_size)
         self._masked: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
         Masks(config, self._masked)  # raises here, not when the first batch is asked for
         self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept)
@@ -510,7 +510,7 @@ def _samplers(config: Config, clips: bool, images: bool, *, train: bool, kept: b
     return samplers
 
 
-def _accumulation(config: Config, world_size: int) -> int:
+def accumulation(config: Config, world_size: int) -> int:
     """Micro-batches a step; ConfigError where the global batch does not divide into them."""
     counts = {}
     for stream in STREAMS:

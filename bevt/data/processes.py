@@ -89,6 +89,24 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def stop_with_parent(patience: float = 300.0) -> None:
+    """SIGTERM for this process once its parent has ended, however, and its end after `patience` seconds: processes of
+    torchrun would outlive one that is killed, and hold their GPUs.
+
+    One that waits for others inside a library, to join them, say, never gets to its handler.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def end(children: Sequence[BaseProcess], patience: float = 1.0) -> None:
     """Kill the helper processes that have not ended by themselves after `patience` seconds.
 

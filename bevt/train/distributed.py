@@ -164,6 +164,14 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     if size == 1:
         return World(rank, size, device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over its restarts, in which new processes would find the addresses of the dead
+        # (PyTorch issue 135712). Its agents count restarts by themselves: between nodes the numbers can differ, so
+        # there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to be set, as `bevt slurm` does.
+        kept = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", kept)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return World(rank, size, device, waiting, checkpointing=dist.new_group(backend="gloo"))

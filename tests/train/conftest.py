@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command
 
 from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from bevt.data import shapes
@@ -66,4 +68,20 @@ def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that run, finished."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     pretrain(config, out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pair(config: Config) -> Config:
+    """A run for two processes: 16 steps, of which 3.5 are an epoch, and a checkpoint after every fourth."""
+    return changed(config, optim={"max_steps": 16}, train={"checkpoint_every": 4, "threads": 1})
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(pair: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, by two processes that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "pair"
+    words = command(pair, out, python=TORCHRUN)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, ROOT, changed, command, train_rows
+from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command, train_rows
 
 from bevt.config import Config
 from bevt.train import checkpoint
 from bevt.train.loop import pretrain
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 

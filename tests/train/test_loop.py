@@ -121,8 +121,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
         model.get_parameter(parameter).register_hook(poison)
         return model
 
-    def optimizer(*arguments: Any) -> torch.optim.AdamW:
-        seen["optimizer"] = build_optimizer(*arguments)
+    def optimizer(*arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        seen["optimizer"] = build_optimizer(*arguments, **keywords)
         return seen["optimizer"]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, ROOT, changed, command, figures, signalling, train_rows
+from tiny import ENVIRONMENT, ROOT, changed, command, descendants, figures, signalling, train_rows, wait_for_end
 
 from bevt.config import Config
 from bevt.train import checkpoint
@@ -77,31 +77,6 @@ def interrupt(config: Config, out: Path, rows: int, signum: signal.Signals) -> t
     finally:
         process.kill()
     return process.returncode, output, started
-
-
-def descendants(pid: int) -> set[int]:
-    """Ids of the processes below one."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = status.read_text()
-        except OSError:  # gone meanwhile
-            continue
-        parents[int(status.parent.name)] = int(text.rpartition(")")[2].split()[1])
-    found: set[int] = set()
-    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
-        found |= new
-    return found
-
-
-def wait_for_end(processes: set[int], most: int = 0) -> set[int]:
-    """Those of which more than `most` are still there after a while."""
-    deadline = time.monotonic() + 20
-    while True:
-        alive = {pid for pid in processes if Path(f"/proc/{pid}").exists()}
-        if len(alive) <= most or time.monotonic() > deadline:
-            return alive
-        time.sleep(0.05)
 
 
 def same_weights(first: Path, second: Path) -> bool:

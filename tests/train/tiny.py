@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 """For commands in processes of their own, installed or not."""
 RECIPE = "joint_stage"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+"""Two processes of this machine."""
 
 
 def changed(config: Config, **groups: dict[str, Any]) -> Config:
@@ -50,6 +53,39 @@ def figures(out: Path) -> list[dict[str, Any]]:
     """The training rows without what a clock measured."""
     timed = ("_seconds", "_per_second", "data_wait", "tflops", "mfu", "memory_gib")
     return [{key: value for key, value in row.items() if not key.endswith(timed)} for row in train_rows(out)]
+
+
+def descendants(pid: int) -> set[int]:
+    """Ids of the processes below one."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = status.read_text()
+        except OSError:  # gone meanwhile
+            continue
+        parents[int(status.parent.name)] = int(text.rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+        found |= new
+    return found
+
+
+def wait_for_end(processes: set[int], most: int = 0) -> set[int]:
+    """Those of which more than `most` are still there after a while."""
+    deadline = time.monotonic() + 20
+    while True:
+        alive = {pid for pid in processes if Path(f"/proc/{pid}").exists()}
+        if len(alive) <= most or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.05)
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    """Wait until it holds; `what` says what did not come to be in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
 
 
 def signalling() -> Callable[..., Any]:

@@ -78,6 +78,8 @@ class PretrainArgs:
     """A published Video Swin size in place of the recipe's; your own model keys come on top."""
     resume: bool = False
     """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
+    profile: bool = False
+    """Record three early steps with PyTorch's profiler, into `out`/profile: trace.json and table.txt."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _pretrain(argv: list[str]) -> int:
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
         stop_with_parent()
-    result = pretrain(args.config, args.out, resume=args.resume)
+    result = pretrain(args.config, args.out, resume=args.resume, profile=args.profile)
     if os.environ.get("RANK", "0") == "0":
         how = "finished" if result.finished else "stopped, to be continued with --resume,"
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")

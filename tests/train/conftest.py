@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command
+from torch import Tensor
 
 from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from bevt.data import shapes
+from bevt.data.batch import Batch
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train.loop import pretrain
 
@@ -85,3 +87,27 @@ def undisturbed_pair(pair: Config, tmp_path_factory: pytest.TempPathFactory) -> 
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture
+def plain(config: Config) -> Config:
+    """Without drop path, which draws by micro-batch."""
+    return changed(config, model={"drop_path": 0.0})
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """4 clips and 8 images with equally many masked positions in each sample: 6 a frame, of at most 8."""
+    rng = torch.Generator().manual_seed(0)
+
+    def masks(*shape: int) -> Tensor:
+        order = torch.rand(*shape, 16, generator=rng).argsort(-1)
+        return (order < 6).unflatten(-1, (4, 4))
+
+    return Batch(
+        clips=torch.randint(256, (4, 4, 64, 64, 3), generator=rng, dtype=torch.uint8),
+        clip_masks=masks(4, 2),
+        images=torch.randint(256, (8, 64, 64, 3), generator=rng, dtype=torch.uint8),
+        image_masks=masks(8),
+        image_jitter=torch.tensor([[1.1, 0.9, 1.2, 2.0, 0.0, 1.0]]).repeat(8, 1),
+    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command, train_rows
+from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command
 
 from bevt.config import Config
 from bevt.train import checkpoint
 from bevt.train.loop import pretrain
+from bevt.train.metrics import read_rows
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 
@@ -23,29 +26,83 @@ def torchrun(words: list[str]) -> str:
     return done.stdout
 
 
-def test_two_processes_equal_one(config: Config, tmp_path: Path) -> None:
-    """The same global batches: 4 + 8 samples in two micro-batches of one process, or in one of each of two.
-
-    Without drop path, which draws by process. Sums are taken in another order: 1e-5 relative on the first losses, and
-    the same weights at the end up to Adam's amplification of that rounding.
-    """
-    config = changed(
+@pytest.fixture(scope="module")
+def exact(config: Config) -> Config:
+    """4 + 8 samples a step in two micro-batches of one process, or in one of each of two; drop path, all in float64."""
+    return changed(
         config,
-        model={"drop_path": 0.0},
-        optim={"max_steps": 4},
-        train={"clips": 4, "images": 8, "micro_clips": 2, "micro_images": 4},
+        model={"drop_path": 0.3},
+        data={"val_clips": config.data.clips, "val_images": config.data.images},
+        optim={"max_steps": 6},
+        train={
+            **{"clips": 4, "images": 8, "micro_clips": 2, "micro_images": 4},
+            **{"precision": "float64", "checkpoint_every": 3, "threads": 1},
+        },
     )
-    pretrain(config, tmp_path / "one", quiet=True)
-    output = torchrun(command(config, tmp_path / "two", python=TORCHRUN))
-    assert "4 steps of 4 clips + 8 images, 1.8 steps an epoch, 1 micro-batches a step and process" in output
-    one, two = train_rows(tmp_path / "one"), train_rows(tmp_path / "two")
-    assert [row["step"] for row in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two):
-        for key in ("loss", "loss_clips", "loss_images", "grad_norm"):
-            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] == 1 else 1e-3), (key, a["step"])
-    weights = [checkpoint.load(tmp_path / run / "checkpoints" / "last")["model"] for run in ("one", "two")]
-    for name, value in weights[0].items():
-        assert (weights[1][name] - value).abs().max() < 1e-3, name
+
+
+@pytest.fixture(scope="module")
+def alone(exact: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run by one process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    pretrain(exact, out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(exact: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two, which share one model."""
+    out = tmp_path_factory.mktemp("runs") / "sharded"
+    torchrun(command(changed(exact, train={"parallel": "fsdp"}), out, python=TORCHRUN))
+    return out
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    """Rows, held-out figures and weights, up to float64's rounding: 1e-10, where float32 would leave 1e-7."""
+    rows = [read_rows(out / "metrics.jsonl") for out in (run, expected)]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5, 6, 6]
+    for got, wanted in zip(*rows):
+        figures = [key for key in wanted if re.match("(val_)?(loss|accuracy)|grad_norm", key)]
+        assert len(figures) > 3, wanted
+        for key in figures:
+            assert got[key] == pytest.approx(wanted[key], rel=1e-10), (key, got["step"])
+    got, wanted = (checkpoint.load(out / "checkpoints" / "last") for out in (run, expected))
+    for name, value in wanted["model"].items():
+        torch.testing.assert_close(got["model"][name], value, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_two_processes_equal_one(exact: Config, alone: Path, tmp_path: Path) -> None:
+    """DDP."""
+    output = torchrun(command(exact, tmp_path / "two", python=TORCHRUN))
+    assert "6 steps of 4 clips + 8 images, 1.8 steps an epoch, 1 micro-batches a step and process" in output
+    assert_same(tmp_path / "two", alone)
+
+
+def test_two_processes_that_share_a_model_equal_one(sharded: Path, alone: Path) -> None:
+    """FSDP2."""
+    assert_same(sharded, alone)
+
+
+def cut(run: Path, out: Path) -> Path:
+    """A copy of `run` as it was after its third step."""
+    shutil.copytree(run, out, symlinks=True)
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    (out / "checkpoints" / "last").unlink()
+    return out
+
+
+def test_one_process_goes_on_where_two_were(exact: Config, sharded: Path, alone: Path, tmp_path: Path) -> None:
+    """From shards to a whole model."""
+    out = cut(sharded, tmp_path / "run")
+    pretrain(exact, out, resume=True, quiet=True)
+    assert_same(out, alone)
+
+
+def test_two_processes_go_on_where_one_was(exact: Config, alone: Path, tmp_path: Path) -> None:
+    """From a whole model to shards."""
+    out = cut(alone, tmp_path / "run")
+    torchrun(command(changed(exact, train={"parallel": "fsdp"}), out, "--resume", python=TORCHRUN))
+    assert_same(out, alone)
 
 
 SCRIPT = """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stepping import WORLD, gradients, split, trainer
 from tiny import changed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,68 +17,8 @@ from bevt import masking, tokenizers
 from bevt.config import Config
 from bevt.data import augment
 from bevt.data.batch import Batch
-from bevt.models.bevt import BEVT
 from bevt.tokenizers import Tokenizer
-from bevt.train.distributed import World
-from bevt.train.loop import build_model
-from bevt.train.optim import build_optimizer
-from bevt.train.step import NO_TOKEN, StepResult, TrainStep, drop_factors, masked_inputs, slots_for
-
-WORLD = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture
-def plain(config: Config) -> Config:
-    """Without drop path, which draws by micro-batch."""
-    return changed(config, model={"drop_path": 0.0})
-
-
-@pytest.fixture
-def batch() -> Batch:
-    """4 clips and 8 images with equally many masked positions in each sample: 6 a frame, of at most 8."""
-    rng = torch.Generator().manual_seed(0)
-
-    def masks(*shape: int) -> Tensor:
-        order = torch.rand(*shape, 16, generator=rng).argsort(-1)
-        return (order < 6).unflatten(-1, (4, 4))
-
-    return Batch(
-        clips=torch.randint(256, (4, 4, 64, 64, 3), generator=rng, dtype=torch.uint8),
-        clip_masks=masks(4, 2),
-        images=torch.randint(256, (8, 64, 64, 3), generator=rng, dtype=torch.uint8),
-        image_masks=masks(8),
-        image_jitter=torch.tensor([[1.1, 0.9, 1.2, 2.0, 0.0, 1.0]]).repeat(8, 1),
-    )
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """Equal consecutive shares."""
-    tensors = ("clips", "clip_masks", "images", "image_masks", "image_jitter", "clip_seeds", "image_seeds")
-    given = [name for name in tensors if getattr(batch, name) is not None]
-    shares = zip(*(getattr(batch, name).chunk(parts) for name in given))
-    return [Batch(**dict(zip(given, share))) for share in shares]
-
-
-def trainer(config: Config, seed: int = 0) -> tuple[BEVT, TrainStep]:
-    """A seeded model and what steps it."""
-    tokenizer = tokenizers.build(config.tokenizer, torch.device("cpu"))
-    torch.manual_seed(seed)
-    model = build_model(config, tokenizer.vocab_size, WORLD.device)
-    return model, TrainStep(model, tokenizer, build_optimizer(model, config.optim), config, WORLD)
-
-
-def gradients(config: Config, batches: list[Batch]) -> tuple[StepResult, dict[str, Tensor]]:
-    """What a step leaves, and the gradients it summed up (before clipping)."""
-    model, step = trainer(changed(config, optim={"clip_grad": 0.0}))
-    found: dict[str, Tensor] = {}
-    update: Callable[..., Any] = step.optimizer.step
-
-    def record() -> None:
-        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        update()
-
-    step.optimizer.step = record  # type: ignore[method-assign,assignment]
-    return step(1e-3, batches), found
+from bevt.train.step import NO_TOKEN, drop_factors, masked_inputs, slots_for
 
 
 @pytest.mark.parametrize("parts", [2, 4])

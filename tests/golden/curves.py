@@ -49,7 +49,7 @@ def recipes() -> dict[str, Config]:
             backend="pyav",
             workers=0,
         ),
-        optim=OptimConfig(lr=1e-3, max_steps=STEPS, epochs=1, warmup_epochs=0.1),
+        optim=OptimConfig(lr=5e-4, max_steps=STEPS, epochs=1, warmup_epochs=0.1),
         train=TrainConfig(
             clips=2, images=4, micro_clips=2, micro_images=4, precision="float64", log_every=1, checkpoint_every=STEPS
         ),

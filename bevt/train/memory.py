@@ -108,12 +108,13 @@ class Prediction:
     def peak(self, recomputed: frozenset[BlockNumber] = frozenset()) -> Peak:
         """With these blocks recomputed."""
         live, states, kept = self.base, self.states, 0
-        stream, start = "", live
+        stream, start = "tokenizer", live
         tops: list[Peak] = []
         for span in self._spans(recomputed):
             if span.phase.split()[0] != stream:
-                stream, states, start, kept = span.phase.split()[0], states + live - start, live, 0
-                states = min(states, self.states + self.gradient_bytes)
+                if stream != "tokenizer":  # what a pass leaves is gradients
+                    states += live - start
+                stream, start, kept = span.phase.split()[0], live, 0
             top = live + span.rise
             live += span.left
             if "forward" in span.phase:
@@ -136,9 +137,8 @@ class Prediction:
         worth: dict[int, float] = {}
         for stage in range(len(self.depths)):
             spans = [span for span in self.plain if span.block == (stage, 0) and "forward" in span.phase]
-            freed = sum(
-                s.left - again[s.phase, s.block].left for s in spans if stream in (s.phase.split()[0], "update")
-            )
+            most = [span for span in spans if span.phase.startswith(stream)] or spans
+            freed = sum(span.left - again[span.phase, span.block].left for span in most)
             worth[stage] = freed / sum(span.flop for span in spans)
         stages = sorted(worth, key=lambda stage: -worth[stage])
         return [(stage, j) for stage in stages for j in range(self.depths[stage])]
@@ -305,7 +305,7 @@ def _explanation(config: Config, world: World, said: str) -> str:
     cure = ", or ".join(cures) or "a smaller model or crop, or more memory"
     return (
         f"out of memory in a step ({said}). A process of this run needs {peak}, its interpreter and libraries not "
-        f"counted. Take {cure}; the last checkpoint is whole, and --resume continues from it"
+        f"counted. Take {cure}; checkpoints are whole, and --resume continues from the last"
     )
 
 
@@ -516,7 +516,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, plain: bool) -> None:
         super().__init__()
         self.plain = plain
-        """Window attention is computed by plain PyTorch where its reference is named."""
+        """An op's reference is itself where it is named, else it stands for Triton's kernel."""
         self.live = 0
         self.spans: list[_Span] = []
         self._seen: set[int] = set()
@@ -548,8 +548,19 @@ class _Live(TorchDispatchMode):
         if formula:
             self._flop += formula(*args, **(kwargs or {}), out_val=out)
         if func.name() == "bevt_kernels::masked_linear_cross_entropy_forward":
-            self._most = max(self._most, self.live + _loss_scratch(*args))
+            self._most = max(self._most, self.live + self._loss_scratch(*args))
         return out
+
+    def _loss_scratch(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor, _: Any, impl: str
+    ) -> int:
+        """Bytes, as its implementations' own sources have them."""
+        slots, (classes, channels) = len(index), weight.shape
+        if not self.plain:  # Triton: the logits of a chunk, and the rows of all slots
+            return hidden.itemsize * (min(slots * classes, 2**24) + slots * channels)
+        if impl == "reference":  # four tensors of a chunk's 2**20 logits, and a chunk's share of the weight's gradient
+            return 4 * (4 * 2**20 + weight.numel())
+        return max(4 * slots * classes // 8, 2**22)  # C++: an eighth of all logits, at least 4 MiB
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -566,11 +577,6 @@ class _Live(TorchDispatchMode):
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {ops.forward: reference.forward, ops.backward: reference.backward}
-
-
-def _loss_scratch(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor, *_: Any) -> int:
-    """Bytes: an eighth of the slots' logits, at least 4 MiB (C++); or 2**24 logits, 2**20 on a CPU, twice (others)."""
-    return max(4 * len(index) * len(weight) // 8, 2**22)
 
 
 class _Marks(Phases):

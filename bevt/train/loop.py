@@ -32,7 +32,7 @@ from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.models.reference import ReferenceBEVT
 from bevt.tokenizers.cache import TokenCache
-from bevt.train import checkpoint
+from bevt.train import checkpoint, memory
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
@@ -41,7 +41,8 @@ from bevt.train.step import TrainStep
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
     "train.keep", "train.threads", "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
-    "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
+    "train.memory_budget", "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path",
+    "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
 
@@ -127,6 +128,8 @@ def _train(
     elif config.init:
         display.note(f"{config.init}: {initialise(model, config, digest)}")
     display.note(_describe(config, model, implementations, loader, world, steps))
+    if config.train.memory_budget:
+        display.note(memory.recompute(model, config, world))
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
@@ -171,7 +174,8 @@ def _train(
             if world.size == 1 and step > start:  # several processes could not meet to write it
                 display.note(f"what was trained is kept in {save(step)}")
             raise
-        result = train_step(learning_rate(config.optim, step, steps), micro)
+        with memory.explained(config, world):
+            result = train_step(learning_rate(config.optim, step, steps), micro)
         step += 1
         meter.add(step, micro, result)
         display.step(step)

@@ -4,8 +4,8 @@ The real step runs on fake tensors, and the storages that are alive are counted;
 keeps. Two blocks of a stage (the unshifted and the shifted one) stand for all of it: what a block adds while it runs
 and leaves behind does not depend on the others, so that the peak of every choice of blocks to recompute is a sum.
 
-Not in it: the interpreter, the libraries and what they allocate for themselves (an allocator's fragments, NCCL, cuDNN),
-the decoding processes, and what torch.compile fuses away, so that a compiled encoder needs less than is said here.
+Not in it: the interpreter, the libraries and what they allocate for themselves (an allocator's fragments, NCCL, cuDNN,
+the compiler), the decoding processes, and what torch.compile keeps otherwise: the uncompiled step is what is run here.
 """
 
 from __future__ import annotations

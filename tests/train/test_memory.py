@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from measured import ENVIRONMENT as MALLOC
-from tiny import ENVIRONMENT, changed
+from tiny import ENVIRONMENT, changed, figures
 
 from bevt.config import Config, ConfigError, resized, to_dict
 from bevt.data import augment
@@ -20,7 +20,7 @@ from bevt.models.video_swin import SwinBlock
 from bevt.recipes import RECIPES
 from bevt.train import memory
 from bevt.train.distributed import World
-from bevt.train.loop import build_model
+from bevt.train.loop import build_model, pretrain
 
 WORLD = World(0, 1, torch.device("cpu"))
 DEMO = RECIPES["demo_joint_stage"]()
@@ -164,13 +164,21 @@ def test_gradients_are_bitwise_those_without_recomputation(config: Config) -> No
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+def test_a_run_under_a_budget_is_the_run_without(
+    config: Config, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(halfway(config), tmp_path / "run")
+    assert "recomputation: " in capsys.readouterr().out
+    assert figures(tmp_path / "run") == figures(finished)
+
+
 def test_running_out_of_memory_says_what_to_change() -> None:
-    config = changed(DEMO, train={"clips": 32, "images": 128, "micro_clips": 32, "micro_images": 128})
-    said = measured([config], str(2**29))
+    config = changed(DEMO, train={"clips": 8, "images": 32, "micro_clips": 8, "micro_images": 32})
+    said = measured([config], str(2**28))
     for words in (
         "out of memory in a step",
         "GiB in clips",
-        "--train.micro-clips 16 --train.micro-images 64",
+        "--train.micro-clips 4 --train.micro-images 16",
         "--train.memory-budget",
         "--resume continues",
     ):

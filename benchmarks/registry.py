@@ -11,6 +11,7 @@ import torch
 from bevt_kernels.testing import ArgmaxCase, LossCase, WindowCase
 
 from bevt.config import Size
+from bevt.devices import DEVICES
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """Of activations, by device."""
@@ -184,5 +185,9 @@ class Limit:
     """Bytes read and written a second."""
 
 
-LIMITS = {"NVIDIA H200": Limit({torch.bfloat16: 790e12}, 4.3e12)}
+LIMITS = {
+    name: Limit({torch.bfloat16: device.bfloat16}, device.bandwidth)
+    for name, device in DEVICES.items()
+    if device.source == "measured"
+}
 """By `torch.cuda.get_device_name()`; a chip that is not here has no "% of limit"."""

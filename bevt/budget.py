@@ -2,9 +2,8 @@
 
 Multiply-adds are those of matrix products and convolutions (`torch.utils.flop_counter`; the project's ops by their own
 formulas). Forward + backward is three times the forward for all that is trained; the tokenizer runs forward only.
-"Before" is the official code's way: every frame tokenized, decoders and head on all positions, all logits kept. Memory
-is counted for one micro-batch of one device: weights, gradients and the two moments in float32, and every tensor that
-autograd keeps for the backward pass, not the workspace inside an op. Nothing here is a measurement.
+"Before" is the reference path (`bevt.models.reference`): every frame tokenized, attention materialised, decoders and
+head on all positions, all logits kept. Memory is `bevt.train.memory`'s prediction. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -16,29 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevt import masking
 from bevt.config import Config, ConfigError, MaskConfig, check
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
+from bevt.train import memory
+from bevt.train.memory import GIB, PARTS
 from bevt.train.optim import total_steps
 
-MODULES_OF: dict[str, tuple[str, ...]] = {
-    "patch embedding": ("patch_embed", "patch_embed_2d"),
-    "encoder": ("encoder",),
-    "  projections": (),
-    "  attention": (),
-    "  MLP": (),
-    "  merging": (),
-    "decoders": ("video_decoder", "image_decoder", "norm"),
-    "head and loss": ("head",),
-}
-"""Rows of the budget and the children of `BEVT` they stand for; indented rows are parts of the one above."""
+ROWS = (
+    "patch embedding", "encoder", "  projections", "  attention", "  MLP", "  merging", "decoders", "head and loss",
+)  # fmt: skip
+"""Of the model; indented ones are parts of the one above."""
 
 BEHIND = ("decoders", "head and loss")
 """Rows of what comes behind the encoder, where the official way is another."""
@@ -50,17 +42,6 @@ class Counts(NamedTuple):
     clip_gmac: float
     image_gmac: float
     kept: int
-
-
-class UpstreamBEVT(BEVT):
-    """The official code's way behind the encoder: logits of all positions, of which the masked ones are selected."""
-
-    def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
-        """As `BEVT.stream_loss`, of the first `slots` positions: tensors without data have no mask to look at."""
-        logits = self.head(self.decode(stream, inputs.pixels, inputs.mask)).flatten(0, -2)
-        index = torch.arange(inputs.slots)
-        masked, targets = logits.index_select(0, index), inputs.codes.flatten().index_select(0, index)
-        return F.cross_entropy(masked, targets), (masked.argmax(1) == targets).float().mean()
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ class Component:
     before: Counts
     """The same by the official code's way."""
     kept: int = 0
-    """Bytes that autograd keeps for the backward pass of one micro-batch."""
+    """Bytes that are kept for the backward pass of one micro-batch, in the stream that keeps most."""
     trained: bool = True
     """Whether it is trained (three times the forward) or frozen (forward only)."""
 
@@ -91,58 +72,85 @@ class Component:
         return 2e9 * (3 if self.trained else 1) * (clips * gmac.clip_gmac + images * gmac.image_gmac)
 
 
-def components(config: Config) -> list[Component]:
-    """Tokenizer, encoder by kind of product, decoders and head, for a clip and an image of the recipe's size."""
-    vocab_size, tokenizer = _tokenizer(config)
-    view, frames = config.data.crop // 2, config.data.frames
-    shallow = replace(config, model=replace(config.model, depths=(1, 1, 1, 1)))  # the encoder is not counted again
-    with FakeTensorMode():
-        model, upstream = _model(config, vocab_size, BEVT), _model(shallow, vocab_size, UpstreamBEVT)
-        counts = [{s: _count(m, s, _inputs(config, s)) for s in m.streams} for m in (model, upstream)]
-        frame = _gmac(_fake(tokenizer), torch.empty(1, 3, view, view))
+def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Component]:
+    """Tokenizer, encoder by kind of product, decoders and head, for a clip and an image of the recipe's size.
+
+    Memory is that of one of `gpus` devices of type `device`.
+    """
+    rows = _counted(config)
+    # Behind the encoder alone the official way multiplies other numbers.
+    shallow = replace(config.model, depths=(1, 1, 1, 1))
+    upstream = _counts(replace(_before(config), model=shallow))
+    frame, (now, before) = rows[0], (memory.predict(c, gpus, device, again=a) for c, a in _ways(config))
+    gmac = frame.image_gmac or frame.clip_gmac / _masked_frames(config)
     clips, images = bool(config.train.clips), bool(config.train.images)
+    done = [replace(frame, before=Counts(gmac * config.data.frames * clips, gmac * images, 0))]
+    for row in rows[1:]:
+        kept = now.kept().get(row.name, 0), before.kept().get(row.name, 0)
+        counts = {s: upstream[s].get(row.name, 0.0) if s in upstream else 0.0 for s in ("clips", "images")}
+        own = {"clips": row.clip_gmac, "images": row.image_gmac}
+        chosen = counts if row.name in BEHIND else own
+        done.append(replace(row, before=Counts(chosen["clips"], chosen["images"], kept[1]), kept=kept[0]))
+    return done
+
+
+def step_flop(config: Config) -> float:
+    """Counted floating-point operations of one optimizer step over all devices: tokenizer, forward and backward.
+
+    Decoders, head and tokenizer at masked positions and frames, as many as there are on average; without what is
+    computed again to save memory.
+    """
+    t = config.train
+    return sum(row.step_flop(t.clips, t.images) for row in _counted(config) if not row.name.startswith(" "))
+
+
+def _counted(config: Config) -> list[Component]:
+    """The rows, but for memory and for what was before."""
+    tokenizer = memory.tokenizer_of(config)
+    module = tokenizer.module if config.tokenizer.kind == "dalle" else tokenizer.module.get_submodule("encoder")
+    view = config.data.crop // 2
+    frame = _gmac(module, torch.empty(1, 3, view, view, device="meta"))
+    clips, images = bool(config.train.clips), bool(config.train.images)
+    none = Counts(0.0, 0.0, 0)
     rows = [
         Component(
             f"tokenizer ({config.tokenizer.kind})",
-            _size(tokenizer),
+            _size(module),
             frame * _masked_frames(config) * clips,
             frame * images,
-            Counts(frame * frames * clips, frame * images, 0),
+            none,
             trained=False,
         )
     ]
-    kept = activation_bytes(config), activation_bytes(shallow, UpstreamBEVT)
-    for name, modules in MODULES_OF.items():
-        size = sum(_size(getattr(model, m)) for m in modules if hasattr(model, m))
-        now, before = (
-            Counts(count.get("clips", {}).get(name, 0.0), count.get("images", {}).get(name, 0.0), saved.get(name, 0))
-            for count, saved in zip(counts, kept)
-        )
-        rows.append(Component(name, size, now.clip_gmac, now.image_gmac, before if name in BEHIND else now, now.kept))
+    model = memory.meta_model(config, tokenizer.vocab_size, reference_ops=True)
+    counts = _counts(config, model)
+    for name in ROWS:
+        size = sum(_size(getattr(model, m)) for m in PARTS.get(name, ()) if hasattr(model, m))
+        gmac = [counts[s].get(name, 0.0) if s in counts else 0.0 for s in ("clips", "images")]
+        rows.append(Component(name, size, gmac[0], gmac[1], none))
     return rows
 
 
-def activation_bytes(config: Config, kind: type[BEVT] = BEVT) -> dict[str, int]:
-    """Bytes that autograd keeps between forward and backward of one micro-batch, by component, in its precision.
-
-    Of the head they include the gradients that its op keeps in their place.
-    """
-    t = config.train
-    counts: dict[Stream, int] = {"clips": t.micro_clips if t.clips else 0, "images": t.micro_images if t.images else 0}
-    total: dict[str, int] = dict.fromkeys(MODULES_OF, 0)
-    vocab_size, _ = _tokenizer(config)
-    with FakeTensorMode():
-        model = _model(config, vocab_size, kind)
-        for stream, count in counts.items():
-            if count:
-                # Linear in the batch but for what autocast makes of the weights, which two points separate.
-                one, two = (_saved_bytes(model, stream, _inputs(config, stream, n), t.precision) for n in (1, 2))
-                for name in one:
-                    total[name] += one[name] + (count - 1) * (two[name] - one[name])
-    return total
+def _counts(config: Config, model: BEVT | None = None) -> dict[str, dict[str, float]]:
+    """GMAC of a clip and an image by row."""
+    if model is None:
+        model = memory.meta_model(config, memory.tokenizer_of(config).vocab_size, reference_ops=True)
+    return {stream: _count(model, stream, _inputs(config, stream)) for stream in model.streams}
 
 
-def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
+def _before(config: Config) -> Config:
+    """The reference path of `config`."""
+    return replace(config, path="reference", train=replace(config.train, memory_budget=0.0))
+
+
+def _ways(config: Config) -> tuple[tuple[Config, bool], tuple[Config, bool]]:
+    """Now and before, and whether recomputation is asked for."""
+    return (config, config.path != "reference"), (_before(config), False)
+
+
+def budget(
+    config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int, device: str = "cuda"
+) -> str:
     """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch.
 
     Raises ConfigError for a configuration that cannot be trained (but for its paths), or a number out of range.
@@ -154,7 +162,7 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
         )
     check(replace(config, data=replace(config.data, clips="any", images="any")))
     t = config.train
-    rows = components(config)
+    rows = components(config, gpus, device)
     whole = [row for row in rows if not row.name.startswith(" ")]
     step, before = (sum(row.step_flop(t.clips, t.images, way) for row in whole) for way in (False, True))
     table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
@@ -183,9 +191,9 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
             f"{flop / 1e12:.1f}",
             f"{100 * flop / step:.0f}",
             f"{row.step_flop(t.clips, t.images, before=True) / 1e12:.1f}",
-            "" if part else f"{row.states / 2**30:.2f}",
-            "" if part else f"{row.kept / 2**30:.2f}",
-            "" if part else f"{row.before.kept / 2**30:.2f}",
+            "" if part else f"{row.states / GIB:.2f}",
+            "" if part else f"{row.kept / GIB:.2f}",
+            "" if part else f"{row.before.kept / GIB:.2f}",
             style="dim" if part else None,
         )
     table.add_section()
@@ -197,9 +205,9 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
         f"{step / 1e12:.1f}",
         "100",
         f"{before / 1e12:.1f}",
-        f"{sum(row.states for row in whole) / 2**30:.2f}",
-        f"{sum(row.kept for row in whole) / 2**30:.2f}",
-        f"{sum(row.before.kept for row in whole) / 2**30:.2f}",
+        f"{sum(row.states for row in whole) / GIB:.2f}",
+        f"{sum(row.kept for row in whole) / GIB:.2f}",
+        f"{sum(row.before.kept for row in whole) / GIB:.2f}",
     )
     steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
     seconds = steps * step / (gpus * flops * efficiency)
@@ -208,63 +216,45 @@ def budget(config: Config, gpus: int, flops: float, efficiency: float, clips: in
     console.print(table)
     console.print(
         "a clip, an image: forward; a step: forward, and the backward of what is trained, of the whole step\n"
-        "states: weights, gradients and AdamW's moments on one device; kept: for the backward pass of a micro-batch of "
-        f"{t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in {t.precision}, "
-        f"{math.ceil(per_device)} of which make a step on each of {gpus} devices\n"
-        "before: with every frame tokenized, decoders and head on all positions and their logits kept; now: on masked "
-        "positions, as many as there are on average (on a GPU on as many as there can be, to keep shapes static)\n"
+        "states: weights, gradients and AdamW's moments; kept: for the backward pass of the stream that keeps most, of "
+        f"a micro-batch of {t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in "
+        f"{t.precision}, {math.ceil(per_device)} of which make a step on each of {gpus} devices\n"
+        f"{_memory(config, gpus, device)}\n"
+        "before: with every frame tokenized, attention materialised, decoders and head on all positions; now: on "
+        "masked positions, as many as there are on average (on a GPU as many as there can be, to keep shapes static)\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
         f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
     )
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def _tokenizer(config: Config) -> tuple[int, nn.Module]:
-    """Vocabulary and module of the recipe's tokenizer: the published DALL-E sizes, or the fitted file's own."""
-    if config.tokenizer.kind == "dalle":
-        from bevt.tokenizers.dalle import DalleEncoder
-
-        with torch.device("meta"):
-            return 8192, DalleEncoder()
-    from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-
-    if config.tokenizer.path:
-        vq = VQTokenizer.load(config.tokenizer.path).model.config
-    else:
-        vq = VQConfig()
-    with torch.device("meta"):
-        return vq.vocab_size, VQModel(vq).encoder
-
-
-def _model(config: Config, vocab_size: int, kind: type[BEVT]) -> BEVT:
-    """The recipe's model in fake tensors: made on "meta" (initialisation looks at values), then moved to a fake CPU."""
-    streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]
-    with torch.device("meta"):
-        model = kind(replace(config.model, attention_impl="reference", loss_impl="reference"), vocab_size, streams)
-    _fake(model)
-    return model
+def _memory(config: Config, gpus: int, device: str) -> str:
+    """The predicted peak of one device, with recomputation and before, in lines."""
+    now, before = (memory.predict(c, gpus, device, again=a) for c, a in _ways(config))
+    lines = [f"peak of one device ({device}): {now.peak()}"]
+    if now.again:
+        lines.append(
+            f"  with blocks recomputed down to {now.least.total / GIB:.2f} GiB (--train.memory-budget; all of them: "
+            f"{100 * now.flop(frozenset(now.blocks)):.0f} % more operations)"
+        )
+    lines.append(f"  before {before.peak()}")
+    if config.train.memory_budget:
+        lines.append(f"{memory.choose(config, gpus, device)}")
+    lines.append(
+        "  predicted, uncompiled, masks as large as they get; not in it: interpreter, libraries, decoding processes"
+    )
+    return "\n".join(lines)
 
 
-def _fake(module: nn.Module) -> nn.Module:
-    """`module` with new parameters of the current fake mode on the CPU (`to_empty` cannot swap fake ones in)."""
-    for child in module.modules():
-        for name, p in child.named_parameters(recurse=False):
-            setattr(child, name, nn.Parameter(torch.empty(p.shape)))
-    return module
-
-
-def _inputs(config: Config, stream: Stream, batch: int = 1) -> MaskedInput:
-    """Clips or images of the recipe's size, with as many slots as a mask covers on average."""
-    d, side = config.data, config.data.crop // 16
+def _inputs(config: Config, stream: Stream) -> MaskedInput:
+    """A clip or an image of the recipe's size, with as many slots as a mask covers on average."""
+    side, depth = config.data.crop // 16, config.data.frames // PATCH[0]
     if stream == "images":
         slots = _masked(config.image_mask, (1, side, side))
-        mask, codes = (torch.empty(batch, side, side, dtype=t) for t in (torch.bool, torch.int64))
-        return MaskedInput(torch.empty(batch, 3, d.crop, d.crop), mask, codes, batch * slots)
-    depth = d.frames // PATCH[0]
-    slots = PATCH[0] * _masked(config.clip_mask, (depth, side, side))
-    mask = torch.empty(batch, depth, side, side, dtype=torch.bool)
-    codes = torch.empty(batch, d.frames, side, side, dtype=torch.int64)
-    return MaskedInput(torch.empty(batch, 3, d.frames, d.crop, d.crop), mask, codes, batch * slots)
+    else:
+        slots = PATCH[0] * _masked(config.clip_mask, (depth, side, side))
+    with torch.device("meta"):
+        return replace(memory.unseen(config, stream, 1), slots=slots)
 
 
 def _masked(config: MaskConfig, grid: tuple[int, int, int]) -> int:
@@ -314,36 +304,6 @@ def _gmac(module: nn.Module, x: Tensor) -> float:
     with counter, torch.no_grad():
         module(x)
     return counter.get_total_flops() / 2e9
-
-
-def _saved_bytes(model: BEVT, stream: Stream, inputs: MaskedInput, precision: str) -> dict[str, int]:
-    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out, by component."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    component = dict.fromkeys(MODULES_OF, 0)
-    current = next(iter(MODULES_OF))
-    kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
-
-    def enter(name: str) -> None:
-        nonlocal current
-        current = name
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            component[current] += storage.nbytes()
-            kept[storage._cdata] = x
-        return x
-
-    handles = [model.norm.register_forward_hook(lambda *_: enter("head and loss"))]
-    for name, modules in MODULES_OF.items():
-        for child in (getattr(model, m) for m in modules if hasattr(model, m)):
-            handles.append(child.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with saved, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        model(**{stream: inputs})
-    for handle in handles:
-        handle.remove()
-    return component
 
 
 def _size(module: nn.Module) -> int:

@@ -216,6 +216,8 @@ class BudgetArgs:
     """Training clips in one epoch (Kinetics-400: 240,000)."""
     images: int = 1281167
     """Training images in one epoch (ImageNet-1K: 1,281,167)."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Type of the devices, whose memory is predicted."""
 
 
 def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -427,7 +429,7 @@ def _budget(argv: list[str]) -> int:
     args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
     from bevt.budget import budget
 
-    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images))
+    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images, args.device))
     return 0
 
 

@@ -125,15 +125,17 @@ class FrozenTokenizer(ABC):
         common.check_pixels(pixels, self.downsample)
         m, _, h, w = pixels.shape
         codes = torch.empty(m, h // self.downsample, w // self.downsample, dtype=torch.int64, device=pixels.device)
-        frames = max(
-            1, int(PIECE.get(codes.device.type, PIECE["cpu"]) / (self.width * h * w * self.precision.itemsize))
-        )
+        frames = self.piece(codes.device.type, h, w)
         weight, bias = self.tail
         for start in range(0, m, frames):
             piece = codes[start : start + frames]
             rows = self.rows(pixels[start : start + frames])
             piece.copy_(linear_argmax(rows, weight, bias, impl=self.impl).view_as(piece))
         return codes
+
+    def piece(self, device: str, height: int, width: int) -> int:
+        """Frames of this size in pixels that are encoded at a time on a device of this type."""
+        return max(1, int(PIECE.get(device, PIECE["cpu"]) / (self.width * height * width * self.precision.itemsize)))
 
     @torch.no_grad()
     def rows(self, pixels: Tensor) -> Tensor:

@@ -25,17 +25,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import bevt
 from bevt import tokenizers
+from bevt.budget import step_flop
 from bevt.config import Config, ConfigError, check, from_dict, to_dict
 from bevt.data import DataError
 from bevt.data.batch import Loader
 from bevt.data.build import StepLoader, build_loader, check_held_out, source_kind
 from bevt.data.manifest import Kind, probe_source
+from bevt.devices import DEVICES
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.models.reference import ReferenceBEVT
 from bevt.models.region import compile_regions
 from bevt.tokenizers.cache import TokenCache
-from bevt.train import checkpoint
+from bevt.train import checkpoint, memory
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
@@ -128,7 +130,7 @@ def _train(
     wrapped = world.wrap(model, config.train.parallel)
     optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    meter = Meter(config, world, names, out)
+    meter = Meter(config, world, names, out, flop=step_flop(config), peak=_rate(config, world.device))
     implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
     implementations["encoder"] = compiled
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
@@ -146,6 +148,8 @@ def _train(
         for op, was, now in _differences(saved["implementations"], implementations):
             display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
     display.note(_describe(config, model, implementations, loader, world, steps))
+    if config.train.memory_budget:
+        display.note(memory.recompute(model, config, world))
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
@@ -190,7 +194,8 @@ def _train(
                 checkpoints.wait()
                 display.note(f"what was trained is kept in {kept}")
             raise
-        result = train_step(learning_rate(config.optim, step, steps), micro)
+        with memory.explained(config, world):
+            result = train_step(learning_rate(config.optim, step, steps), micro)
         step += 1
         meter.add(step, micro, result)
         display.step(step)
@@ -276,6 +281,14 @@ def _compile(config: Config, model: BEVT, device: torch.device) -> str:
         raise ConfigError(f"train.compile: {'; '.join(reasons)}; or set it to 'no'")
     compile_regions(model, cuda_graphs=train.cuda_graphs)
     return "compiled, CUDA graphs" if train.cuda_graphs else "compiled"
+
+
+def _rate(config: Config, device: torch.device) -> float:
+    """FLOP/s of the device's matrix products in the run's precision; 0: not known."""
+    if device.type != "cuda" or config.train.precision != "bfloat16":
+        return 0.0
+    known = DEVICES.get(torch.cuda.get_device_name(device))
+    return known.bfloat16 if known else 0.0
 
 
 def _whole(model: BEVT, config: Config, vocab_size: int, world: World) -> BEVT:

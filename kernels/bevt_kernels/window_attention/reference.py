@@ -92,7 +92,7 @@ def border_bias(grid: tuple[int, ...], window: Size3, shift: Size3, like: Tensor
     region = torch.zeros(grid, dtype=torch.int64, device=like.device)
     for axis, (size, s) in enumerate(zip(grid, shift)):
         wrapped = torch.arange(size, device=like.device) >= size - s
-        region += wrapped.view([-1 if a == axis else 1 for a in range(3)]) << axis
+        region += wrapped.view([-1 if a == axis else 1 for a in range(3)]) * 2**axis  # << has no fake for bool
     wd, wh, ww = window
     region = rearrange(region, "(nd wd) (nh wh) (nw ww) -> (nd nh nw) 1 (wd wh ww)", wd=wd, wh=wh, ww=ww)
     excluded = region.unsqueeze(-1) != region.unsqueeze(-2)

@@ -77,7 +77,7 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
 
     Memory is that of one of `gpus` devices of type `device`.
     """
-    rows = _counted(config)
+    rows = counted(config)
     # Behind the encoder alone the official way multiplies other numbers.
     shallow = replace(config.model, depths=(1, 1, 1, 1))
     upstream = _counts(replace(_before(config), model=shallow))
@@ -101,10 +101,10 @@ def step_flop(config: Config) -> float:
     computed again to save memory.
     """
     t = config.train
-    return sum(row.step_flop(t.clips, t.images) for row in _counted(config) if not row.name.startswith(" "))
+    return sum(row.step_flop(t.clips, t.images) for row in counted(config) if not row.name.startswith(" "))
 
 
-def _counted(config: Config) -> list[Component]:
+def counted(config: Config) -> list[Component]:
     """The rows, but for memory and for what was before."""
     tokenizer = memory.tokenizer_of(config)
     module = tokenizer.module if config.tokenizer.kind == "dalle" else tokenizer.module.get_submodule("encoder")

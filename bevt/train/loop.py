@@ -130,7 +130,8 @@ def _train(
     wrapped = world.wrap(model, config.train.parallel)
     optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    meter = Meter(config, world, names, out, flop=step_flop(config), peak=_rate(config, world.device))
+    gpu = world.device.type == "cuda"
+    meter = Meter(config, world, names, out, flop=step_flop(config) if gpu else 0.0, peak=_rate(config, world.device))
     implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
     implementations["encoder"] = compiled
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
@@ -209,6 +210,7 @@ def _train(
             meter.check_finite()
         if logged:
             row = meter.row(step, learning_rate(config.optim, step - 1, steps), train_step.phases.read())
+            train_step.phases.start()
             if writer:
                 writer.write(row)
             display.row(row, eta_seconds=(steps - step) * row["step_seconds"])

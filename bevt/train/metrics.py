@@ -178,8 +178,8 @@ class Meter:
 
         `replaced` is a count: samples whose file turned out unreadable, so that another was read in its place. Of this
         process alone: `*_seconds` of a step and its `phases` (seconds since the last row); `tflops`, the counted
-        operations (masked positions only, activations computed once) of a device a second, in 10**12; `mfu`, their
-        share of the device's matrix-product rate; `memory_gib`, the peak: on CUDA of tensors since the last row, on a
+        operations (masked positions only, activations computed once) of a GPU a second, in 10**12; `mfu`, their share
+        of its matrix-product rate; `memory_gib`, the peak: on CUDA of tensors since the last row, on a
         CPU of the process since it began.
         """
         seconds = time.perf_counter() - self._start

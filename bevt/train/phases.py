@@ -36,14 +36,12 @@ class Phases:
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds in each phase since `start`, which is called again; waits for the device."""
+        """Seconds in each phase since `start`; waits for the device."""
         if self._cuda:
             self._marks[-1][1].synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:]):
             seconds[phase] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
-        last = self._marks[-1]
-        self._marks = [("", last[1])]
         return seconds
 
     def _now(self) -> Any:

@@ -173,10 +173,15 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
         self.passes = [self.streams] if config.path == "reference" else [[s] for s in self.streams]
+        if config.train.cuda_graphs:  # gradients are added to what is there: autograd would keep those in a graph's
+            for p in self.parameters:  # memory, which the next micro-batch's replay overwrites
+                p.grad = torch.zeros_like(p)
 
     def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
         """One step at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
         self.phases.mark("data")
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         weights = self._weights(batches)
         sums = {
             f"{what}_{stream}": torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -250,5 +255,5 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         optim.apply(self.optimizer, finite)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.config.train.cuda_graphs)
         return StepResult({**sums, "grad_norm": total}, finite, worst)

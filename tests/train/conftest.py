@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,8 @@ def undisturbed_pair(pair: Config, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def plain(config: Config) -> Config:
-    """Without drop path, which draws by micro-batch."""
-    return changed(config, model={"drop_path": 0.0})
+    """Without drop path."""
+    return replace(config, model=replace(config.model, drop_path=0.0))
 
 
 @pytest.fixture

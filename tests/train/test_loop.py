@@ -127,7 +127,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         seen["backwards"] += 1
-        if seen["backwards"] < 5:  # two micro-batches a step
+        if seen["backwards"] < 9:  # two streams in each of two micro-batches a step
             return gradient
         seen.setdefault("weights", {name: value.clone() for name, value in seen["model"].state_dict().items()})
         return gradient.fill_(torch.nan)

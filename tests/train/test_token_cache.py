@@ -128,7 +128,7 @@ def test_nothing_waits_for_the_device(config: Config, batch: Batch, kept: TokenC
     step.cache = kept
     for share in (0.0, 1.0):
         with Waits() as waits:
-            result = step(0, 1e-3, [batch])
+            result = step(1e-3, [batch])
         assert waits.found == []
         assert float(result.values["tokens_cached"]) == share
     kept.close()

@@ -37,11 +37,11 @@ from bevt.models.bevt import BEVT, Stream
 from bevt.models.reference import ReferenceBEVT
 from bevt.models.region import compile_regions
 from bevt.tokenizers.cache import TokenCache
-from bevt.train import checkpoint, memory
+from bevt.train import checkpoint, memory, optim
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
 from bevt.train.optim import build_optimizer, learning_rate, total_steps
-from bevt.train.profile import Profile
+from bevt.train.profile import STEPS, Profile
 from bevt.train.step import TrainStep
 
 FREE_ON_RESUME = {
@@ -140,6 +140,7 @@ def _train(
         assert checkpoints.newest is not None
         with _naming_a_way_on():
             checkpoint.restore(checkpoints.newest, model, optimizer)
+        optim.resume(optimizer, start)
         meter.load_state_dict(saved["meter"])
         try:
             loader.load_state_dict(saved["loader"])
@@ -220,6 +221,9 @@ def _train(
         save(step)
     checkpoints.wait()
     last = checkpoints.newest
+    if profile:
+        done = f"profile: {profile.folder}" if profile.done else f"--profile recorded nothing: it takes {STEPS} steps"
+        display.note(done)
     loader.close()
     stop.end()
     if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them

@@ -33,7 +33,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
 
 
 def _apex(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Apex's FusedAdam in its capturable form, the one whose update can be skipped without a host sync."""
+    """Apex's FusedAdam in its capturable form, the one whose update can be skipped without a host sync.
+
+    After NVIDIA/apex at 004da4e, `apex/optimizers/fused_adam.py`; not yet run on a GPU.
+    """
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -41,16 +44,30 @@ def _apex(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
             f"optim.impl 'apex' needs NVIDIA's apex with its CUDA extensions ({error}; PyPI's package of that name is "
             "another one): build it from github.com/NVIDIA/apex, or leave optim.impl at 'torch'"
         ) from error
-    if not groups[0]["params"][0].is_cuda:
-        raise ConfigError("optim.impl 'apex' serves CUDA, not the CPU: leave it at 'torch'")
     try:
-        return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True, capturable=True)
-    except (RuntimeError, TypeError) as error:  # built without its extensions, or older than "capturable"
-        raise ConfigError(f"optim.impl 'apex': this apex cannot serve ({error})") from error
+        optimizer = FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, capturable=True)
+    except (RuntimeError, TypeError, AssertionError) as error:  # no GPU, no extensions, older than "capturable"
+        raise ConfigError(f"optim.impl 'apex': this apex cannot serve here ({error})") from error
+    for group in groups:  # before the first step, so that a checkpoint has where to go
+        for p in group["params"]:
+            optimizer.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+    return optimizer
 
 
-def apply(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One update from the parameters' gradients, none where `finite` (bool scalar on the device) is False."""
+def resume(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Tell an optimizer that was restored how many updates it has made: apex counts them outside of its state."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["step"] = torch.tensor([step], dtype=torch.int, device=group["lr"].device)
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
+    """One update at rate `lr` from the gradients, none where `finite` (bool scalar on the device) is False."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # apex's, on the device
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     if optimizer.defaults.get("fused"):
         # The fused optimizer's own switch, GradScaler's: an update under found_inf = 1 changes nothing.
         optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -10,6 +10,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 WAIT, WARM, ACTIVE = 3, 2, 3
 """Steps that are left alone (they compile and tune), that warm the profiler up, and that are recorded."""
 
+STEPS = WAIT + WARM + ACTIVE
+"""That it takes."""
+
 ROWS = 60
 """Of the table."""
 
@@ -38,8 +41,9 @@ class Profile:
             self._profile.step()
 
     def close(self) -> None:
-        """Stop; what has begun is written."""
+        """Stop; a run that was too short has recorded nothing."""
         if not self.done:
+            self._profile.on_trace_ready = None
             self._profile.stop()
 
     def _write(self, recorded: profile) -> None:

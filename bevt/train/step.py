@@ -252,8 +252,10 @@ class TrainStep:
         finite = self.world.all(sums["loss"].isfinite() & (worst < 0))
         if self.config.optim.clip_grad > 0:
             torch._foreach_mul_(grads, (self.config.optim.clip_grad / (total + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        optim.apply(self.optimizer, finite)
-        self.optimizer.zero_grad(set_to_none=not self.config.train.cuda_graphs)
+        optim.update(self.optimizer, lr, finite)
+        if self.config.train.cuda_graphs:
+            torch._foreach_zero_(grads)
+        else:
+            for p in self.parameters:
+                p.grad = None
         return StepResult({**sums, "grad_norm": total}, finite, worst)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from measured import ENVIRONMENT as MALLOC
 from tiny import ENVIRONMENT, changed, figures
 
+from benchmarks.train_step import MALLOC
 from bevt.config import Config, ConfigError, resized, to_dict
 from bevt.data import augment
 from bevt.models.bevt import BEVT, MaskedInput

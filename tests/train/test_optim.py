@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from tiny import changed, figures
 
-from bevt.config import Config, ModelConfig, OptimConfig
+from bevt.config import Config, ConfigError, ModelConfig, OptimConfig
 from bevt.models.bevt import BEVT
-from bevt.train.optim import build_optimizer, learning_rate, total_steps
+from bevt.train.loop import pretrain
+from bevt.train.optim import build_optimizer, learning_rate, total_steps, update
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +107,67 @@ def test_found_inf_skips_the_update() -> None:
             new = optimizer.state[p]
             zero = {name: torch.zeros_like(value) for name, value in new.items()}
             assert all(torch.equal(new[name], (old or zero)[name]) != moves for name in new)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """apex's interface (NVIDIA/apex at 004da4e) around plain AdamW: rates on the device, updates counted by group."""
+
+    def __init__(self, params: Any, lr: float, betas: Any, eps: float, capturable: bool) -> None:
+        super().__init__(params, {"lr": torch.tensor(lr), "betas": betas, "eps": eps})
+        assert capturable
+
+    @torch.no_grad()
+    def step(self, closure: None = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        (skip,) = grad_scaler._check_inf_per_device(self).values()
+        assert grad_scaler._get_scale_async() == 1
+        for group in self.param_groups:
+            assert isinstance(group["lr"], torch.Tensor)
+            group["step"] = group.get("step", torch.tensor([0], dtype=torch.int)) + (skip == 0)
+            if skip:
+                continue
+            (beta1, beta2), t = group["betas"], int(group["step"])
+            for p in group["params"]:
+                mean, square = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                mean.lerp_(p.grad, 1 - beta1)
+                square.lerp_(p.grad**2, 1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p -= group["lr"] * (mean / (1 - beta1**t)) / ((square / (1 - beta2**t)).sqrt() + group["eps"])
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        raise AssertionError("apex's takes no set_to_none")
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name with this optimizer."""
+    module = ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def test_apex_trains_as_torch_does(apex: None, config: Config, tmp_path: Path) -> None:
+    """The same losses up to rounding, also where a resumed run goes on counting its updates."""
+    by_apex = changed(config, optim={"impl": "apex"})
+    pretrain(config, tmp_path / "torch", quiet=True)
+    pretrain(by_apex, tmp_path / "apex", quiet=True)
+    losses = [[row["loss"] for row in figures(tmp_path / name)] for name in ("torch", "apex")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    shutil.rmtree(tmp_path / "apex" / "checkpoints" / "step_00000006")
+    pretrain(by_apex, tmp_path / "apex", resume=True, quiet=True)
+    assert [row["loss"] for row in figures(tmp_path / "apex")] == losses[1]
+
+
+def test_apex_skips_what_is_not_finite(apex: None) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, OptimConfig(impl="apex"))
+    before = model.weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    update(optimizer, 0.1, torch.tensor(False))
+    assert torch.equal(model.weight, before)
+
+
+def test_apex_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"optim.impl 'apex' needs NVIDIA's apex .*leave optim.impl at 'torch'"):
+        build_optimizer(torch.nn.Linear(2, 2), OptimConfig(impl="apex"))

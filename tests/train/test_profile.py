@@ -1,0 +1,50 @@
+"""`--profile`, and what a row says of a GPU's use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import changed
+
+from bevt.config import Config
+from bevt.train.distributed import World
+from bevt.train.loop import pretrain
+from bevt.train.metrics import Meter
+from bevt.train.phases import PHASES
+from bevt.train.step import StepResult
+
+
+def test_a_profile(config: Config, finished: Path, tmp_path: Path) -> None:
+    """A trace of three steps with their parts, a table, and a run that is none the different."""
+    pretrain(changed(config, optim={"max_steps": 9}), tmp_path, quiet=True, profile=True)
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert names.count("bevt: optimizer") == 3
+    assert names.count("bevt: backward") == 3 * 2 * 2  # two streams in each of two micro-batches
+    table = (tmp_path / "profile" / "table.txt").read_text()
+    assert "bevt: tokenizer" in table
+    assert "Self CPU" in table
+
+
+def test_a_profile_of_a_short_run(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends before anything is recorded, and says so."""
+    pretrain(changed(config, optim={"max_steps": 2}), tmp_path, profile=True)
+    assert not (tmp_path / "profile").exists()
+    assert "--profile recorded nothing: it takes 8 steps" in capsys.readouterr().out
+
+
+def test_utilisation(config: Config, tmp_path: Path) -> None:
+    """Counted operations of this device's share, a second, over what it can do."""
+    meter = Meter(config, World(0, 2, torch.device("cpu")), [], tmp_path, flop=8e12, peak=100e12)
+    meter.world = World(0, 1, torch.device("cpu"))  # nobody to meet
+    ok = StepResult({"loss": torch.tensor(1.0)}, torch.tensor(True), torch.tensor(-1))
+    meter.start()
+    meter.add(1, [], ok)
+    meter.add(2, [], ok)
+    row = meter.row(2, 0.1, dict.fromkeys(PHASES, 0.5))
+    assert row["tflops"] == pytest.approx(4 / row["step_seconds"])
+    assert row["mfu"] == pytest.approx(row["tflops"] / 100)
+    assert row["encoder_seconds"] == 0.25

@@ -94,14 +94,15 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
     return done
 
 
-def step_flop(config: Config) -> float:
-    """Counted floating-point operations of one optimizer step over all devices: tokenizer, forward and backward.
+def step_flop(config: Config) -> tuple[float, float]:
+    """Counted floating-point operations of one optimizer step over all devices: the tokenizer's, and all others.
 
     Decoders, head and tokenizer at masked positions and frames, as many as there are on average; without what is
     computed again to save memory.
     """
     t = config.train
-    return sum(row.step_flop(t.clips, t.images) for row in counted(config) if not row.name.startswith(" "))
+    tokenizer, *others = (row.step_flop(t.clips, t.images) for row in counted(config) if not row.name.startswith(" "))
+    return tokenizer, sum(others)
 
 
 def counted(config: Config) -> list[Component]:

@@ -201,7 +201,7 @@ class TrainConfig:
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether torch.compile fuses what surrounds the kernels. `auto`: yes on CUDA, else no."""
     cuda_graphs: bool = False
-    """Replay the compiled encoder's launches as CUDA graphs."""
+    """Replay the compiled encoder's launches as CUDA graphs (not yet run on a GPU)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes: `ddp` keeps the model whole in each, `fsdp` (FSDP2) shards it, its gradients and moments."""
     memory_budget: float = 0.0
@@ -356,6 +356,13 @@ def check(config: Config) -> None:
         for key, chosen in fused.items():
             if chosen:
                 raise ConfigError(f"{key} has no meaning with path 'reference', which is plain PyTorch: leave it out")
+    if o.impl == "apex" and t.parallel == "fsdp":
+        raise ConfigError("optim.impl 'apex' knows no shards: leave it at 'torch', or train.parallel at 'ddp'")
+    if o.impl == "apex" and t.precision == "float64":
+        raise ConfigError("optim.impl 'apex' serves float32 parameters, not train.precision 'float64'")
+    if t.cuda_graphs and (t.parallel == "fsdp" or t.memory_budget):
+        other = "train.parallel 'fsdp'" if t.parallel == "fsdp" else "train.memory_budget"
+        raise ConfigError(f"train.cuda_graphs cannot be combined with {other}: take one of them")
     if t.cuda_graphs and t.compile == "no":
         raise ConfigError("train.cuda_graphs needs the compiled encoder: set train.compile to 'yes' or 'auto'")
     if o.warmup_epochs > o.epochs:

@@ -44,10 +44,12 @@ class Region(nn.Module):
 def compile_regions(model: nn.Module, *, cuda_graphs: bool = False) -> None:
     """Compile every region of `model`, on its first call with inputs of a new shape; a graph break is an error.
 
-    With `cuda_graphs` each becomes a CUDA graph.
+    With `cuda_graphs` each becomes a CUDA graph (not yet run on a GPU).
     """
     # A limit of torch's that guards against shapes without end; `fullgraph` makes exceeding it an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # It would cut a region where DDP's buckets end, to exchange gradients early; regions do that by themselves.
+    torch._dynamo.config.optimize_ddp = False
     mode = "reduce-overhead" if cuda_graphs else None
     for module in model.modules():
         if isinstance(module, Region):

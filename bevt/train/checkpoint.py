@@ -65,9 +65,10 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, plain: Mapping[str, Any]) -> Path:
         """Begin to write the checkpoint of `step`, as everything is at this moment; `plain` is what JSON can hold.
 
-        First waits for the one before, and raises CheckpointError where that failed. One that is there stays.
+        First waits for the one before. Where that failed, it waits for this one too, and raises CheckpointError where
+        that fails as well. One that is there stays.
         """
-        self.wait()
+        failure = self._outcome()
         path = self.folder / f"step_{step:08d}"
         if path != self.newest:
             state = json.dumps({"format": FORMAT, "step": step, **plain}, indent=1)
@@ -78,25 +79,44 @@ class Checkpoints:
                 no_dist=self.world.size == 1,
             )
             self._writing, self.newest = cast("Future[Metadata]", saving), path
+        if failure:
+            self.wait()
+            _log.warning("%s; %s could be written", failure, path)
         return path
+
+    @property
+    def writing(self) -> bool:
+        """One was begun whose outcome nobody has asked for, in all processes."""
+        return self._writing is not None
+
+    @property
+    def failed(self) -> bool:
+        """What was begun cannot be written, as this process knows already."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
         """Wait until what was begun is there, in all processes; CheckpointError in all where it cannot be written."""
+        if failure := self._outcome():
+            raise failure
+
+    def _outcome(self) -> CheckpointError | None:
+        """Waits; why what was begun cannot be written, if so."""
         if self._writing is None:
-            return
+            return None
         error = self._writing.exception()
         self._writing = None
         if error is None:
-            return
+            return None
         assert self.newest is not None
         if self.world.main:
             shutil.rmtree(self.newest.with_suffix(".part"), ignore_errors=True)
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if not isinstance(reason, OSError):
-            raise error
-        raise CheckpointError(
-            f"cannot write {self.newest}: {reason.strerror}; make room or mend the folder, then continue with --resume"
-        ) from reason
+        said = reason.strerror if isinstance(reason, OSError) else f"{type(reason).__name__}: {_line(reason)}"
+        failure = CheckpointError(
+            f"cannot write {self.newest}: {said}; make room or mend the folder, then continue with --resume"
+        )
+        failure.__cause__, self.newest = reason, latest(self.folder)
+        return failure
 
     def close(self) -> None:
         """`wait`, where the run may end by another error, which must not be hidden: a failure is logged."""

@@ -47,7 +47,7 @@ from bevt.train.step import TrainStep
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
     "train.keep", "train.threads", "train.compile", "train.cuda_graphs", "train.parallel", "train.memory_budget",
-    "optim.impl", "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
+    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
     "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
@@ -131,7 +131,9 @@ def _train(
     optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     gpu = world.device.type == "cuda"
-    meter = Meter(config, world, names, out, flop=step_flop(config) if gpu else 0.0, peak=_rate(config, world.device))
+    tokenizing, training = step_flop(config) if gpu else (0.0, 0.0)
+    rate = _rate(config, world.device)
+    meter = Meter(config, world, names, out, flop=training, tokenizing=tokenizing, peak=rate)
     implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
     implementations["encoder"] = compiled
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
@@ -211,12 +213,13 @@ def _train(
             meter.check_finite()
         if logged:
             row = meter.row(step, learning_rate(config.optim, step - 1, steps), train_step.phases.read())
-            train_step.phases.start()
             if writer:
                 writer.write(row)
             display.row(row, eta_seconds=(steps - step) * row["step_seconds"])
-        if checkpointed:
+        if checkpointed or (checkpoints.writing and world.any(checkpoints.failed)):
             save(step)
+        if logged:
+            train_step.phases.start()
     if step < steps:
         save(step)
     checkpoints.wait()

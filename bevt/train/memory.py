@@ -218,8 +218,8 @@ def predict(config: Config, processes: int, device: str, *, again: bool = False)
         held = held // processes + _gathered(full)
     elif processes > 1:
         held += whole  # DDP's buckets: the gradients of passes before the last one lie beside them
-    # Gradients that are there from the start: of earlier micro-batches, or in shards.
-    there = accumulation > 1 or sharded
+    # Gradients that are there from the start: of earlier micro-batches, in shards, or outside of CUDA graphs.
+    there = accumulation > 1 or sharded or t.cuda_graphs
     if not there:
         held -= whole
     traces = [_trace(config, device, there, recompute) for recompute in ((False, True) if again else (False,))]
@@ -397,6 +397,7 @@ def _trace(config: Config, device: str, gradients: bool, again: bool) -> tuple[l
     `gradients`: those of an earlier micro-batch are there. `again`: every block is recomputed.
     """
     m = config.model
+    config = replace(config, train=replace(config.train, cuda_graphs=False))
     whole = config.path == "reference"  # whose streams are alive together: no block stands for another
     if not whole:
         config = replace(config, model=replace(m, depths=tuple(min(d, 2) for d in m.depths)))

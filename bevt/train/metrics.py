@@ -101,11 +101,21 @@ class Meter:
     """What the steps since the last row did; device scalars are read once a row."""
 
     def __init__(
-        self, config: Config, world: World, names: list[str], out: Path, *, flop: float = 0.0, peak: float = 0.0
+        self,
+        config: Config,
+        world: World,
+        names: list[str],
+        out: Path,
+        *,
+        flop: float = 0.0,
+        tokenizing: float = 0.0,
+        peak: float = 0.0,
     ) -> None:
-        """`flop`: counted operations of one step over all devices; `peak`: of one device a second, 0: not known."""
+        """`flop`: counted operations of one step over all devices but for `tokenizing`'s; `peak`: what one device can
+        do a second, 0: not known.
+        """
         self.config, self.world, self.names, self.out = config, world, names, out
-        self.flop, self.peak = flop / world.size, peak
+        self.flop, self.tokenizing, self.peak = flop / world.size, tokenizing / world.size, peak
         self._unchecked: list[tuple[int, list[str], StepResult]] = []
         self._clear()
 
@@ -193,7 +203,8 @@ class Meter:
             if getattr(self.config.train, stream):
                 row[f"{stream}_per_second"] = getattr(self.config.train, stream) * self._timed / seconds
         if self.flop:
-            row["tflops"] = self.flop * self._timed / seconds / 1e12
+            flop = self.flop + self.tokenizing * (1 - row.get("tokens_cached", 0.0))
+            row["tflops"] = flop * self._timed / seconds / 1e12
         if self.flop and self.peak:
             row["mfu"] = row["tflops"] * 1e12 / self.peak
         row["memory_gib"] = peak_memory(self.world.device) / 2**30

@@ -17,7 +17,8 @@ PHASES = ("data", "tokenizer", "encoder", "head", "optimizer")
 class Phases:
     """Marks along a step, each at the end of a phase. On CUDA they are events, which nobody waits for until `read`.
 
-    Between the last map that the model's encoder returns and that map's gradient lies the head.
+    Between the last map that the model's encoder returns and that map's gradient lies the head. Marks pile up until
+    `start`; a model's encoder keeps a hook of each.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -152,14 +152,16 @@ def small_files(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A real refusal in the middle of a file, told at the next save; what was written goes, the one before stays."""
+    """A real refusal in the middle of a file, told where the next is refused too; what was written goes, the one before
+    stays.
+    """
     model, optimizer = trained(seed=0)
     writer = Checkpoints(tmp_path, ONE, keep=1)
     writer.save(1, model, optimizer, {})
     writer.wait()
     with small_files(2000):
         writer.save(2, model, optimizer, {})
-        with pytest.raises(CheckpointError, match=r"cannot write .*step_00000002: File too large; make room"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*step_00000003: File too large; make room"):
             writer.save(3, model, optimizer, {})
         assert names(tmp_path) == ["last", "step_00000001"]
         same_tensors(checkpoint.load(tmp_path / "last"), model, optimizer)
@@ -167,9 +169,14 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixt
         with caplog.at_level(logging.WARNING):
             writer.close()  # the run ends for another reason
     assert "step_00000004: File too large" in caplog.text
-    writer.save(5, model, optimizer, {})
-    writer.wait()
-    assert names(tmp_path) == ["last", "step_00000005"]
+    with small_files(2000):
+        writer.save(5, model, optimizer, {})
+        while not writer.failed:
+            assert writer.writing
+    writer.save(6, model, optimizer, {})  # there is room again: nothing but step 5 is lost
+    assert names(tmp_path) == ["last", "step_00000006"]
+    assert "step_00000005: File too large" in caplog.text
+    assert not writer.writing
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.mkdir", "pathlib.Path.write_text", "pathlib.Path.rename"])

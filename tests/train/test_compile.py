@@ -10,7 +10,7 @@ import torch
 from bevt_kernels import Spec
 from bevt_kernels.baselines.common import compile_reasons
 from stepping import gradients, split, trainer
-from tiny import changed
+from tiny import changed, figures
 
 from bevt import tokenizers
 from bevt.config import Config, ConfigError
@@ -88,11 +88,20 @@ def test_nothing_waits_for_a_gpu(config: Config, batch: Batch) -> None:
     assert result.finite
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_graphs(config: Config, tmp_path: Path) -> None:
+    """Two micro-batches a step, whose gradients add up outside of the graphs: the compiled run's figures."""
+    compiled = changed(config, train={"compile": "yes"})
+    pretrain(compiled, tmp_path / "compiled", quiet=True)
+    pretrain(changed(compiled, train={"cuda_graphs": True}), tmp_path / "graphs", quiet=True)
+    assert figures(tmp_path / "graphs") == figures(tmp_path / "compiled")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA GPU it can be")
 def test_what_cannot_be_compiled(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs without a GPU, no compiler: an error that says so, and nothing runs plain in silence."""
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match=r"train.cuda_graphs needs a CUDA GPU, this runs on the cpu"):
-            pretrain(changed(config, train={"cuda_graphs": True}), tmp_path / "graphs", quiet=True)
-        monkeypatch.setenv("CXX", "no-such-compiler")
-        with pytest.raises(ConfigError, match=r"train.compile: .*there is no no-such-compiler.*or set it to 'no'"):
-            pretrain(changed(config, train={"compile": "yes"}), tmp_path / "compiler", quiet=True)
+    with pytest.raises(ConfigError, match=r"train.cuda_graphs needs a CUDA GPU, this runs on the cpu"):
+        pretrain(changed(config, train={"cuda_graphs": True}), tmp_path / "graphs", quiet=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"train.compile: .*there is no no-such-compiler.*or set it to 'no'"):
+        pretrain(changed(config, train={"compile": "yes"}), tmp_path / "compiler", quiet=True)

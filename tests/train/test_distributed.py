@@ -28,7 +28,7 @@ def torchrun(words: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def exact(config: Config) -> Config:
-    """4 + 8 samples a step in two micro-batches of one process, or in one of each of two; drop path, all in float64."""
+    """4 + 8 samples a step in two micro-batches of one process, or in one or two of each of two; drop path, float64."""
     return changed(
         config,
         model={"drop_path": 0.3},
@@ -72,9 +72,10 @@ def assert_same(run: Path, expected: Path) -> None:
 
 
 def test_two_processes_equal_one(exact: Config, alone: Path, tmp_path: Path) -> None:
-    """DDP."""
-    output = torchrun(command(exact, tmp_path / "two", python=TORCHRUN))
-    assert "6 steps of 4 clips + 8 images, 1.8 steps an epoch, 1 micro-batches a step and process" in output
+    """DDP, in two micro-batches each."""
+    smaller = changed(exact, train={"micro_clips": 1, "micro_images": 2})
+    output = torchrun(command(smaller, tmp_path / "two", python=TORCHRUN))
+    assert "6 steps of 4 clips + 8 images, 1.8 steps an epoch, 2 micro-batches a step and process" in output
     assert_same(tmp_path / "two", alone)
 
 

@@ -157,21 +157,21 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
 
 
 def test_a_disk_that_fills_up(config: Config, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the checkpoint of step 4 is written: it is told at the next one, and the run can go on from step 2."""
+    """From step 4 on: another checkpoint is tried at once, its failure told, and the run goes on from step 2."""
     original = FileSystemWriter.write_data
 
     def write(self: FileSystemWriter, *arguments: Any) -> Any:
-        if "step_00000004" in str(self.path):
+        if "step_00000002" not in str(self.path):
             raise OSError(28, "No space left on device")
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSystemWriter, "write_data", write)
-        says = r"cannot write .*step_00000004: No space left on device; make room .* continue with --resume"
+        says = r"cannot write .*step_0000000[56]: No space left on device; make room .* continue with --resume"
         with pytest.raises(checkpoint.CheckpointError, match=says):
             pretrain(config, tmp_path, quiet=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step_00000002"]
-    assert train_rows(tmp_path)[-1]["step"] == 6
+    assert train_rows(tmp_path)[-1]["step"] in (5, 6)
     assert pretrain(config, tmp_path, resume=True, quiet=True).finished
     assert figures(tmp_path) == figures(finished)
 

@@ -37,10 +37,12 @@ def test_a_profile_of_a_short_run(config: Config, tmp_path: Path, capsys: pytest
 
 
 def test_utilisation(config: Config, tmp_path: Path) -> None:
-    """Counted operations of this device's share, a second, over what it can do."""
-    meter = Meter(config, World(0, 2, torch.device("cpu")), [], tmp_path, flop=8e12, peak=100e12)
+    """Counted operations of this device's share, without tokens that were kept, a second, over what it can do."""
+    meter = Meter(config, World(0, 2, torch.device("cpu")), [], tmp_path, flop=6e12, tokenizing=4e12, peak=100e12)
     meter.world = World(0, 1, torch.device("cpu"))  # nobody to meet
-    ok = StepResult({"loss": torch.tensor(1.0)}, torch.tensor(True), torch.tensor(-1))
+    ok = StepResult(
+        {"loss": torch.tensor(1.0), "tokens_cached": torch.tensor(0.5)}, torch.tensor(True), torch.tensor(-1)
+    )
     meter.start()
     meter.add(1, [], ok)
     meter.add(2, [], ok)

@@ -219,6 +219,9 @@ def test_nothing_is_masked(plain: Config, batch: Batch) -> None:
     alone = replace(batch, clips=None, clip_masks=None, image_masks=torch.zeros_like(batch.image_masks))
     inputs = masked_inputs(alone, tokenizers.build(plain.tokenizer, WORLD.device), plain, WORLD.device)
     assert bool((inputs["images"].codes == NO_TOKEN).all())
+    result = trainer(changed(plain, train={"clips": 0}))[1](1e-3, [alone])
+    assert bool(result.finite)
+    assert result.values["loss"] == result.values["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("stream", ["clip_masks", "image_masks"])

@@ -11,6 +11,7 @@ setup: $(READY)
 
 # --no-build-isolation lets setup.py see torch, which the native library is built against.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/cpu/*)
+	@echo "installing into $(VENV), native library included: some five minutes, pip is quiet meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -28,7 +29,7 @@ $(VENV)/.test: $(READY)
 
 # Two processes of one thread: threads that wait for each other's turn on a core take ten times as long.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:

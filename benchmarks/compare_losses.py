@@ -87,12 +87,15 @@ def tree(commit: str) -> Generator[Path, None, None]:
 
 
 def run(commit: str, words: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """The training rows of `bevt pretrain WORDS` at a commit, or in the working tree for ""."""
+    """The training rows of `bevt pretrain WORDS` at a commit, or in the working tree for "". Paths are the caller's."""
+    words = [str(Path(word).absolute()) if Path(word).exists() else word for word in words]
     with tree(commit) as root:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
         command = [sys.executable, "-m", "bevt", "pretrain", *words, "--out", str(out), "--train.log-every", "1"]
         print(f"{commit or 'working tree'}: {shlex.join(command[1:])}", flush=True)
-        subprocess.run(command, cwd=root, env=environment, check=True)
+        done = subprocess.run(command, cwd=root, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
     return [row for row in read_rows(out / "metrics.jsonl") if row["event"] == "train"]
 
 
@@ -108,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     common = words[words.index("--") + 1 :] if "--" in words else []
     args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
+    if args.steps < 1:
+        parser.error("--steps must be above 0")
     sides = []
     with tempfile.TemporaryDirectory() as folder:
         for side in ("left", "right"):

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt import masking
 from bevt.config import Config, ConfigError, MaskConfig, check
+from bevt.data.build import accumulation
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
 from bevt.train import memory
 from bevt.train.memory import GIB, PARTS
@@ -213,6 +214,11 @@ def budget(
     steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
     seconds = steps * step / (gpus * flops * efficiency)
     per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
+    try:
+        accumulation(config, gpus)
+        refusal = ""
+    except ConfigError as error:
+        refusal = f"\nas it is, a run on {gpus} devices would be refused: {error}"
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
     console.print(
@@ -224,7 +230,7 @@ def budget(
         "before: with every frame tokenized, attention materialised, decoders and head on all positions; now: on "
         "masked positions, as many as there are on average (on a GPU as many as there can be, to keep shapes static)\n"
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
-        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
+        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed){refusal}"
     )
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -487,7 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not interrupts.status:  # else, whatever it became on its way out of a library, it was an interrupt
                 if not isinstance(error, UserError | OSError):
                     raise
-                print(f"bevt: {error}", file=sys.stderr)
+                if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):  # the first says it
+                    print(f"bevt: {error}", file=sys.stderr)
                 status = 2
         if interrupts.status:
             print(f"bevt: {'interrupted' if interrupts.status == 130 else 'terminated'}", file=sys.stderr)

@@ -11,6 +11,8 @@ from bevt.config import ConfigError
 from bevt.recipes import RECIPES
 from bevt.train import memory
 
+pytestmark = pytest.mark.xdist_group("budget")  # one process makes what they share
+
 
 @pytest.fixture(scope="module")
 def joint() -> dict[str, budget.Component]:
@@ -118,6 +120,11 @@ def test_hours_follow_devices_and_efficiency() -> None:
 
     assert "500456 steps" in text
     assert hours(half) == pytest.approx(2 * hours(text), abs=0.11)
+
+
+def test_devices_that_do_not_divide_the_batch() -> None:
+    text = budget.budget(RECIPES["image_stage"](), 7, 790e12, 0.4, 240_000, 1_281_167)
+    assert "a run on 7 devices would be refused: train.images = 2048 is not a multiple of" in " ".join(text.split())
 
 
 def test_bad_numbers_are_refused() -> None:

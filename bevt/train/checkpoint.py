@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -71,7 +72,7 @@ class Checkpoints:
         failure = self._outcome()
         path = self.folder / f"step_{step:08d}"
         if path != self.newest:
-            state = json.dumps({"format": FORMAT, "step": step, **plain}, indent=1)
+            state = {"format": FORMAT, "step": step, **plain}
             saving = dcp.async_save(
                 _tensors(model, optimizer if optimizer.state else None),
                 storage_writer=_Writer(path, state, self.keep),
@@ -150,7 +151,7 @@ def load(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
 
     Without `optimizer` its tensors are not read. Raises CheckpointError as `read_state`.
     """
-    state, metadata = _open(path)
+    state, metadata = _open(path, whole=True)
     tensors = {
         name: torch.empty(kept.size, dtype=kept.properties.dtype)
         for name, kept in _kept(metadata).items()
@@ -173,7 +174,7 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     Raises CheckpointError as `read_state`, and for a model or optimizer whose tensors are others.
     """
-    _, metadata = _open(path)
+    _, metadata = _open(path, whole=True)
     kept = {name: tensor.size for name, tensor in _kept(metadata).items()}
     begun = any(name.startswith("optimizer.") for name in kept)  # not so before the first step
     tensors = _tensors(model, optimizer if begun else None)
@@ -198,7 +199,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]
 class _Writer(dcp.FileSystemWriter):
     """DCP's, into `PATH.part`; in `finish`, once all processes have written, the first one makes it PATH."""
 
-    def __init__(self, path: Path, state: str, keep: int) -> None:
+    def __init__(self, path: Path, state: dict[str, Any], keep: int) -> None:
         self.part = path.with_suffix(".part")
         super().__init__(self.part)
         self.final, self.state, self.keep = path, state, keep
@@ -226,7 +227,8 @@ class _Writer(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        (self.part / STATE).write_text(self.state)
+        files = {path.name: _checksum(path) for path in self.part.glob("*.distcp")}
+        (self.part / STATE).write_text(json.dumps({**self.state, "files": files}, indent=1))
         for path in (self.part / METADATA, self.part / STATE, self.part):
             _sync(path)
         folder = self.final.parent
@@ -267,6 +269,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 """What metadata of tensors is made of, beside data types; not `BytesStorageMetadata`: DCP would unpickle the bytes."""
 
 
+class _RefusedError(ValueError):
+    """The file asks for a name that is not in the list."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Of DCP's `.metadata`: knows its classes, and calls nothing else."""
 
@@ -274,12 +280,12 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise _RefusedError(f"{module}.{name}")
         return _ALLOWED[module, name]
 
 
-def _open(path: Path) -> tuple[dict[str, Any], Metadata]:
-    """Plain state and metadata of a checkpoint whose files are all there and long enough."""
+def _open(path: Path, *, whole: bool = False) -> tuple[dict[str, Any], Metadata]:
+    """Plain state and metadata of a checkpoint whose files are all there and long enough; `whole`: as written."""
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     if not path.is_dir():
@@ -299,9 +305,13 @@ def _open(path: Path) -> tuple[dict[str, Any], Metadata]:
         with (path / METADATA).open("rb") as file:
             metadata = _Unpickler(file).load()
         _check_files(path, metadata)
+        files = state.pop("files")
+        for name in sorted(files) if whole else ():
+            if _checksum(path / name) != files[name]:
+                raise CheckpointError(f"{path} is damaged: {name} is not as it was written")
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as error:
+    except _RefusedError as error:
         raise CheckpointError(
             f"{path} is no checkpoint of this project, or is damaged: {METADATA} asks for {_line(error)}, and holds "
             "more than the places of tensors; pickled code is never run"
@@ -353,6 +363,15 @@ def _line(error: BaseException) -> str:
 def _steps(folder: Path, suffix: str = "") -> list[Path]:
     found = folder.glob(f"step_*{suffix}")
     return sorted(path for path in found if re.fullmatch(r"step_\d{8}", path.name.removesuffix(suffix)))
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, 1 GB/s and more."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _sync(path: Path) -> None:

@@ -53,6 +53,10 @@ FREE_ON_RESUME = {
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
 
 
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says where another process has ended."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """How a run ended."""
@@ -84,6 +88,10 @@ def pretrain(
         with ExitStack() as stack:
             saved = _open_run(config, out, world, stack, resume)
             return _train(config, out, world, stack, saved, quiet, profile)
+    except RuntimeError as error:
+        if world.size == 1 or not any(said in str(error) for said in GONE):
+            raise
+        raise RunError("another process of this run has ended; what it said tells why") from error
     finally:
         world.close()
 
@@ -99,6 +107,8 @@ def _train(
 ) -> RunResult:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    if config.train.memory_budget:
+        memory.choose(config, world.size, world.device.type)  # an error comes before anything is read
     tokenizer = tokenizers.build(config.tokenizer, world.device)
     digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
@@ -152,6 +162,8 @@ def _train(
         for op, was, now in _differences(saved["implementations"], implementations):
             display.note(f"{op} was {was}, is {now}: from here on the run rounds differently than it would have")
     display.note(_describe(config, model, implementations, loader, world, steps))
+    if compiled != "eager":
+        display.note("compiling: the first step takes a minute or more")
     if config.train.memory_budget:
         display.note(memory.recompute(model, config, world))
     if config.data.backend == "auto":
@@ -402,7 +414,7 @@ def _naming_a_way_on() -> Iterator[None]:
         yield
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(
-            f"{error}; to continue at the checkpoint before it, delete that folder and resume again"
+            f"{error}; to continue at the checkpoint before it, if there is one, delete that folder and resume again"
         ) from error
 
 

@@ -305,7 +305,7 @@ def _explanation(config: Config, world: World, said: str) -> str:
     cure = ", or ".join(cures) or "a smaller model or crop, or more memory"
     return (
         f"out of memory in a step ({said}). A process of this run needs {peak}, its interpreter and libraries not "
-        f"counted. Take {cure}; checkpoints are whole, and --resume continues from the last"
+        f"counted. Take {cure}; --resume continues from the last checkpoint"
     )
 
 

@@ -45,11 +45,20 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; it needs `event` and `step`, numbers go to TensorBoard under `event/name`."""
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(f"{row['event']}/{name}", value, row["step"])
+        """One row; it needs `event` and `step`, numbers go to TensorBoard under `event/name`.
+
+        Raises RunError where it cannot be written.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(f"{row['event']}/{name}", value, row["step"])
+        except OSError as error:
+            raise RunError(
+                f"cannot write the rows of {self.path.parent}: {error.strerror}; make room or mend the folder, then "
+                "continue with --resume"
+            ) from error
 
     def close(self) -> None:
         """Flush both."""

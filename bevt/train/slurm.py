@@ -71,7 +71,7 @@ class SlurmOptions:
     requeues: int = 100
     """How often a job whose time was over is queued again; preemptions do not count."""
     dry_run: bool = False
-    """Print the sbatch script and torchrun's command, and submit nothing; needs no Slurm."""
+    """Print the sbatch script and torchrun's command, and submit nothing; needs submitit, but no Slurm."""
 
 
 def launch(config: Config, options: SlurmOptions, out: Path, words: Sequence[str], *, resume: bool) -> str:

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -297,10 +298,15 @@ def damage(path: Path, how: str) -> None:
         "no parts": lambda: edit_metadata(path, incomplete),
         "no shard": shard.unlink,
         "shard cut": lambda: shard.write_bytes(data[:-1]),
+        "one bit": lambda: shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1])),
         "zeros": lambda: shard.write_bytes(bytes(400) + data[400:]),
         "code in shard": lambda: shard.write_bytes((call := pickle.dumps(Code(), 2)) + data[len(call) :]),
     }
     edits[how]()
+    if how in ("zeros", "code in shard"):  # whoever does this on purpose mends the checksum too
+        state = json.loads((path / "state.json").read_text())
+        state["files"][shard.name] = zlib.crc32(shard.read_bytes())
+        (path / "state.json").write_text(json.dumps(state))
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
@@ -324,6 +330,7 @@ def damage(path: Path, how: str) -> None:
         ("no parts", r"is damaged: its parts of model\.w are not the whole tensor"),
         ("no shard", r"is damaged: it has no file __0_0\.distcp"),
         ("shard cut", r"is damaged: __0_0\.distcp was cut short \(\d+ bytes\)"),
+        ("one bit", r"is damaged: __0_0\.distcp is not as it was written"),
         ("zeros", "cannot be read as a checkpoint"),
         ("code in shard", "cannot be read as a checkpoint"),
     ],
@@ -347,4 +354,4 @@ def test_nothing_names_the_machine(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     assert b"pathlib" not in (path / ".metadata").read_bytes()
     assert str(tmp_path).encode() not in b"".join(file.read_bytes() for file in path.iterdir())
-    assert set(json.loads((path / "state.json").read_text())) == {"format", "step", "config"}
+    assert set(json.loads((path / "state.json").read_text())) == {"format", "step", "config", "files"}

@@ -111,7 +111,7 @@ def test_damaged_checkpoint(config: Config, run: Path) -> None:
     data = shard.read_bytes()
     for damaged, why in (
         (data[:-1000], r"is damaged: __0_0\.distcp was cut short"),
-        (bytes(len(data)), "cannot be read"),
+        (bytes(len(data)), r"is damaged: __0_0\.distcp is not as it was written"),
     ):
         shard.write_bytes(damaged)
         says = rf"step_00000004 {why}.*; .*delete that folder and resume again"

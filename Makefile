@@ -27,9 +27,10 @@ $(VENV)/.test: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0
 	touch $@
 
-# Two processes of one thread: threads that wait for each other's turn on a core take ten times as long.
+# Two processes of one thread: threads that wait for each other's turn on a core take ten times as long. By file, so that
+# what a file's tests share is made once.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:

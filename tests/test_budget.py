@@ -11,8 +11,6 @@ from bevt.config import ConfigError
 from bevt.recipes import RECIPES
 from bevt.train import memory
 
-pytestmark = pytest.mark.xdist_group("budget")  # one process makes what they share
-
 
 @pytest.fixture(scope="module")
 def joint() -> dict[str, budget.Component]:

@@ -18,8 +18,6 @@ from curves import SERIES, STEPS, curve, golden, recipes
 
 from bevt.config import Config
 
-pytestmark = pytest.mark.xdist_group("golden")  # one process makes what they share
-
 EPSILON = 2.0**-23
 """float32's."""
 

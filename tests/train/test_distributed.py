@@ -16,10 +16,7 @@ from bevt.train import checkpoint
 from bevt.train.loop import pretrain
 from bevt.train.metrics import read_rows
 
-pytestmark = [
-    pytest.mark.xdist_group("distributed"),  # one process makes what they share
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 
 
 def torchrun(words: list[str]) -> str:

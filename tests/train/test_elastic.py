@@ -28,10 +28,7 @@ from tiny import (
 from bevt.config import Config
 from bevt.train import checkpoint
 
-pytestmark = [
-    pytest.mark.xdist_group("pair"),  # one process makes what they share
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 
 PYTHON = (*TORCHRUN, "--max-restarts", "3")
 

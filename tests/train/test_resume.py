@@ -21,8 +21,6 @@ from bevt.train import checkpoint
 from bevt.train.loop import pretrain
 from bevt.train.metrics import Display, MetricsWriter
 
-pytestmark = pytest.mark.xdist_group("resume")  # one process makes what they share
-
 STEPS, EVERY = 20, 6
 """Steps of the run, and between its checkpoints; an epoch has 3.5 steps."""
 

@@ -20,10 +20,7 @@ from bevt.train import checkpoint
 from bevt.train.checkpoint import CheckpointError, Checkpoints
 from bevt.train.distributed import World, join_world
 
-pytestmark = [
-    pytest.mark.xdist_group("sharded"),  # one process makes what they share
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 
 KINDS = ("ddp", "fsdp")
 

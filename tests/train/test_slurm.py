@@ -16,8 +16,6 @@ from bevt.cli import main
 from bevt.config import Config, ConfigError
 from bevt.train.slurm import SlurmError, SlurmOptions, launch
 
-pytestmark = pytest.mark.xdist_group("pair")  # one process makes what they share
-
 pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
 
 SBATCH = """#!/bin/bash

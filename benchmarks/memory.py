@@ -23,6 +23,9 @@ from benchmarks.problems import Leaves, Problem, build
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose freed blocks of 64 KiB and more go back at once: what is resident is what lives."""
+
 
 class Peaks(NamedTuple):
     """Bytes above the inputs."""
@@ -43,8 +46,7 @@ def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> Peak
         return None
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", op, case, name],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-        | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, **MALLOC} | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -68,7 +70,15 @@ def _cuda(step: Callable[[Callable[[], None]], Leaves]) -> Peaks:
     return Peaks(marks[0] - before, torch.cuda.max_memory_allocated() - before, _bytes(results))
 
 
-def _resident(key: str) -> int:
+def high_water(step: Callable[[], object]) -> int:
+    """Bytes that were resident in this process at the peak of `step`."""
+    RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
+    step()
+    return resident("VmHWM")
+
+
+def resident(key: str) -> int:
+    """Bytes of this process, as the system has them under `key`."""
     match = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
     assert match is not None, f"{STATUS} has no {key}"
     return 1024 * int(match[1])
@@ -79,10 +89,10 @@ def _child(op: str, case: str, name: str) -> None:
     step = lambda mark: problem.step(name, False, mark)  # noqa: E731
     step(lambda: None)
     RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     marks: list[int] = []
-    results = step(lambda: marks.append(_resident("VmHWM")))
-    print(json.dumps([marks[0] - before, _resident("VmHWM") - before, _bytes(results)]))
+    results = step(lambda: marks.append(resident("VmHWM")))
+    print(json.dumps([marks[0] - before, resident("VmHWM") - before, _bytes(results)]))
 
 
 if __name__ == "__main__":

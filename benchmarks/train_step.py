@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import rows
+from benchmarks.memory import MALLOC, high_water, resident
 from bevt import budget, masking
 from bevt.config import SIZES, Config, MaskConfig, Size, resized
 from bevt.data.batch import Batch
+from bevt.models.region import compile_regions
 from bevt.recipes import RECIPES
 from bevt.tokenizers import Tokenizer
 from bevt.tokenizers.cache import TokenCache
@@ -45,9 +46,6 @@ from bevt.train.step import TrainStep
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
 SAME = 1e-5
 """Relative difference of the first step's figures: float32's rounding, unless a code at a tie differs."""
-
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Freed blocks of 64 KiB and more go back at once, so that the resident memory is what lives."""
 
 Kind = Literal["dalle", "vq", "kept"]
 Way = Literal["fused", "reference"]
@@ -127,18 +125,9 @@ def train_step(case: Case, path: Way, device: torch.device, folder: Path) -> Tra
     torch.manual_seed(1)
     model = build_model(config, tokenizer.vocab_size, device)
     if case.compile and path == "fused":
-        from bevt.models.region import compile_regions
-
         compile_regions(model)
     optimizer = build_optimizer(model, config.optim, fused=path == "fused")
     return TrainStep(model, tokenizer, optimizer, config, World(0, 1, device), cache)
-
-
-def resident(key: str) -> int:
-    """Bytes, as the system has them of this process."""
-    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return 1024 * int(match[1])
 
 
 def peak(case: Case, path: Way, device: torch.device) -> int:
@@ -153,9 +142,7 @@ def peak(case: Case, path: Way, device: torch.device) -> int:
             torch.cuda.reset_peak_memory_stats()
             step(1e-5, [data])
             return torch.cuda.max_memory_allocated()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory (proc(5))
-        step(1e-5, [data])
-        return resident("VmHWM") - before
+        return high_water(lambda: step(1e-5, [data])) - before
 
 
 def peak_in_a_process(words: list[str], path: Way) -> int:

@@ -7,8 +7,8 @@ its loss curves are compared with (`tests/golden`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +50,10 @@ class MaterialisedAttention:
 
 
 class ReferenceBEVT(BEVT):
-    """`BEVT` with the same parameters and results, up to rounding."""
+    """`BEVT`, built like it, with the same parameters and results up to rounding."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        vocab_size: int,
-        streams: Sequence[Stream] = ("clips", "images"),
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        config = replace(config, attention_impl="reference", loss_impl="reference")
-        super().__init__(config, vocab_size, streams, device=device, dtype=dtype)
+    def __init__(self, config: ModelConfig, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(replace(config, attention_impl="reference", loss_impl="reference"), *arguments, **keywords)
         self.implementations = dict.fromkeys(self.implementations, "materialised")
         attend = MaterialisedAttention()
         for module in self.modules():

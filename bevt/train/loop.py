@@ -107,8 +107,9 @@ def _train(
 ) -> RunResult:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    if config.train.memory_budget:
-        memory.choose(config, world.size, world.device.type)  # an error comes before anything is read
+    recomputed = None
+    if config.train.memory_budget:  # a budget that cannot be kept is refused before anything is read
+        recomputed = memory.choose(config, world.size, world.device.type)
     tokenizer = tokenizers.build(config.tokenizer, world.device)
     digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
@@ -164,8 +165,9 @@ def _train(
     display.note(_describe(config, model, implementations, loader, world, steps))
     if compiled != "eager":
         display.note("compiling: the first step takes a minute or more")
-    if config.train.memory_budget:
-        display.note(memory.recompute(model, config, world))
+    if recomputed:
+        memory.recompute(model, recomputed)
+        display.note(f"{recomputed}")
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
@@ -245,11 +247,11 @@ def _train(
         display.note(f"the run is complete and kept in {last}; --resume evaluates it")
         signal.raise_signal(stop.number or signal.SIGTERM)
     evaluation: dict[str, float] = {}
-    if step == steps and (config.data.val_clips or config.data.val_images):
-        model = _whole(model, config, tokenizer.vocab_size, world)
-    if step == steps and world.main and (config.data.val_clips or config.data.val_images):
+    scored = step == steps and (config.data.val_clips or config.data.val_images)
+    whole = _whole(model, config, tokenizer.vocab_size, world) if scored else model
+    if scored and world.main:
         try:
-            evaluation = _finish(loader.config, out, model, tokenizer, world.device, step, writer)
+            evaluation = _finish(loader.config, out, whole, tokenizer, world.device, step, writer)
         except (DataError, KeyboardInterrupt) as error:
             mended = "with the data mended, " if isinstance(error, DataError) else ""
             display.note(f"the run is complete and kept in {last}; {mended}--resume evaluates it")

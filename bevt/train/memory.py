@@ -249,12 +249,10 @@ def choose(config: Config, processes: int, device: str) -> Choice:
     )
 
 
-def recompute(model: BEVT, config: Config, world: World) -> str:
-    """Have the blocks of `choose` recomputed; a line that says which."""
-    choice = choose(config, world.size, world.device.type)
+def recompute(model: BEVT, choice: Choice) -> None:
+    """Have the blocks of `choice` recomputed."""
     for stage, block in choice.blocks:
         cast(SwinBlock, cast(SwinStage, model.encoder.layers[stage]).blocks[block]).recompute = True
-    return str(choice)
 
 
 @contextmanager

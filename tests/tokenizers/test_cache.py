@@ -6,11 +6,8 @@ import json
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import room
 
 from bevt.config import Config, ConfigError, DataConfig, TokenizerConfig
 from bevt.tokenizers import cache
@@ -220,17 +218,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot open .*: (Not a directory|File exists); make room, name a folder"):
         opened(tmp_path / "file" / "codes" / "clips.tokens")
-
-
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """No file of this process may grow, or be written, beyond `size` bytes: as a full disk, without filling one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_at_the_start(path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command
+from tiny import TORCHRUN, changed, command, output
 from torch import Tensor
 
 from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
@@ -84,9 +83,7 @@ def pair(config: Config) -> Config:
 def undisturbed_pair(pair: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that run, by two processes that nothing disturbed."""
     out = tmp_path_factory.mktemp("runs") / "pair"
-    words = command(pair, out, python=TORCHRUN)
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output(command(pair, out, python=TORCHRUN), timeout=240)
     return out
 
 

@@ -2,7 +2,7 @@
 
 Reads a list of configurations (JSON) from standard input and prints the bytes that each took above what the process
 held before its model was built. Freed blocks go back at once, so that the resident memory is what lives
-(`benchmarks.train_step.MALLOC`). With an argument, the process gets that many bytes of address space for its steps and
+(`benchmarks.memory.MALLOC`). With an argument, the process gets that many bytes of address space for its steps and
 prints the RunError that it ends with.
 """
 
@@ -12,11 +12,11 @@ import gc
 import json
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
-from benchmarks.train_step import resident, synthetic_batch
+from benchmarks.memory import high_water, resident
+from benchmarks.train_step import synthetic_batch
 from bevt.config import Config, from_dict
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import memory
@@ -34,7 +34,7 @@ def trainer(config: Config) -> TrainStep:
     tokenizer = VQTokenizer(VQModel(VQConfig())).to("cpu")
     model = build_model(config, tokenizer.vocab_size, WORLD.device)
     if config.train.memory_budget:
-        memory.recompute(model, config, WORLD)
+        memory.recompute(model, memory.choose(config, 1, "cpu"))
     step = TrainStep(
         model, tokenizer, build_optimizer(model, config.optim, fused=config.path == "fused"), config, WORLD
     )
@@ -49,9 +49,7 @@ def peak(config: Config) -> int:
     gc.collect()
     before = resident("VmRSS")
     step, data = trainer(config), synthetic_batch(config)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory (proc(5))
-    step(1e-3, [data])
-    return resident("VmHWM") - before
+    return high_water(lambda: step(1e-3, [data])) - before
 
 
 def limited(config: Config, room: int) -> str:

@@ -6,20 +6,18 @@ import json
 import logging
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny import ENVIRONMENT, ROOT, same_tensors, trained
+from tiny import ENVIRONMENT, ROOT, room, same_tensors, trained
 from torch import nn
 
 from bevt.train import checkpoint
@@ -141,17 +139,6 @@ def test_training_goes_on_while_the_files_are_written(tmp_path: Path, monkeypatc
     same_tensors(checkpoint.load(tmp_path / "last"), *before)
 
 
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """The system refuses to write files beyond that many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real refusal in the middle of a file, told where the next is refused too; what was written goes, the one before
     stays.
@@ -160,7 +147,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixt
     writer = Checkpoints(tmp_path, ONE, keep=1)
     writer.save(1, model, optimizer, {})
     writer.wait()
-    with small_files(2000):
+    with room(2000):
         writer.save(2, model, optimizer, {})
         with pytest.raises(CheckpointError, match=r"cannot write .*step_00000003: File too large; make room"):
             writer.save(3, model, optimizer, {})
@@ -170,7 +157,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixt
         with caplog.at_level(logging.WARNING):
             writer.close()  # the run ends for another reason
     assert "step_00000004: File too large" in caplog.text
-    with small_files(2000):
+    with room(2000):
         writer.save(5, model, optimizer, {})
         while not writer.failed:
             assert writer.writing

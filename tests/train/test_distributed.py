@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, command
+from tiny import TORCHRUN, changed, command, output
 
 from bevt.config import Config
 from bevt.train import checkpoint
@@ -17,13 +16,6 @@ from bevt.train.loop import pretrain
 from bevt.train.metrics import read_rows
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
-
-
-def torchrun(words: list[str]) -> str:
-    """The output of a command."""
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def alone(exact: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(exact: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two, which share one model."""
     out = tmp_path_factory.mktemp("runs") / "sharded"
-    torchrun(command(changed(exact, train={"parallel": "fsdp"}), out, python=TORCHRUN))
+    output(command(changed(exact, train={"parallel": "fsdp"}), out, python=TORCHRUN))
     return out
 
 
@@ -74,8 +66,8 @@ def assert_same(run: Path, expected: Path) -> None:
 def test_two_processes_equal_one(exact: Config, alone: Path, tmp_path: Path) -> None:
     """DDP, in two micro-batches each."""
     smaller = changed(exact, train={"micro_clips": 1, "micro_images": 2})
-    output = torchrun(command(smaller, tmp_path / "two", python=TORCHRUN))
-    assert "6 steps of 4 clips + 8 images, 1.8 steps an epoch, 2 micro-batches a step and process" in output
+    printed = output(command(smaller, tmp_path / "two", python=TORCHRUN))
+    assert "6 steps of 4 clips + 8 images, 1.8 steps an epoch, 2 micro-batches a step and process" in printed
     assert_same(tmp_path / "two", alone)
 
 
@@ -102,7 +94,7 @@ def test_one_process_goes_on_where_two_were(exact: Config, sharded: Path, alone:
 def test_two_processes_go_on_where_one_was(exact: Config, alone: Path, tmp_path: Path) -> None:
     """From a whole model to shards."""
     out = cut(alone, tmp_path / "run")
-    torchrun(command(changed(exact, train={"parallel": "fsdp"}), out, "--resume", python=TORCHRUN))
+    output(command(changed(exact, train={"parallel": "fsdp"}), out, "--resume", python=TORCHRUN))
     assert_same(out, alone)
 
 
@@ -124,4 +116,4 @@ world.close()
 def test_what_the_processes_agree_on(tmp_path: Path) -> None:
     """A signal or a loss that is not finite on one process counts on both."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun([*TORCHRUN, str(tmp_path / "script.py")])
+    output([*TORCHRUN, str(tmp_path / "script.py")])

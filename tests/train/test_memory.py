@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import ENVIRONMENT, changed, figures
 
-from benchmarks.train_step import MALLOC
+from benchmarks.memory import MALLOC
 from bevt.config import Config, ConfigError, resized, to_dict
 from bevt.data import augment
 from bevt.models.bevt import BEVT, MaskedInput

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,26 @@ def signalling() -> Callable[..., Any]:
         return build_optimizer(*arguments, **keywords)
 
     return build
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file of this process may grow, or be written, beyond `size` bytes: as a full disk, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def output(words: list[str], timeout: float = 120) -> str:
+    """What a command prints that ends well."""
+    done = subprocess.run(
+        words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def trained(seed: int, steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from bevt_kernels.testing import ArgmaxCase, LossCase, WindowCase
+from bevt_kernels.testing import ArgmaxCase, ConvCase, LinearCase, LossCase, WindowCase
 
 from bevt.config import Size
 from bevt.devices import DEVICES
@@ -52,7 +52,7 @@ class PretrainCase:
     tokenizer_width: int = 256
 
 
-Case = WindowCase | LossCase | ArgmaxCase | StepCase | HeadCase | PretrainCase
+Case = WindowCase | LossCase | ArgmaxCase | LinearCase | ConvCase | StepCase | HeadCase | PretrainCase
 
 PER_CLIP = ("batch", "rows", "slots", "used")
 """Fields of a case that grow with the number of clips."""
@@ -100,8 +100,9 @@ VIDEO = (8, 7, 7)
 IMAGE = (1, 7, 7)
 LONG = (16, 7, 7)
 
-WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS = (
-    f"tests/kernels/test_{op}*.py" for op in ("window_attention", "masked_linear_cross_entropy", "linear_argmax")
+WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS = (
+    f"tests/kernels/test_{op}*.py"
+    for op in ("window_attention", "masked_linear_cross_entropy", "linear_argmax", "linear", "conv3x3")
 )
 
 CLIP = LossCase(rows=3136, channels=1024, classes=8192, slots=1568, used=1176)
@@ -144,6 +145,31 @@ OPS = {
         },
         (ARGMAX_TESTS,),
     ),
+    "linear": Op(
+        {
+            f"swin-t {name}": Entry("swin-t", LinearCase(*sizes), {"cpu": 1})
+            for name, sizes in {
+                "stage 1 qkv": (25088, 96, 288),
+                "stage 1 fc1": (25088, 96, 384),
+                "stage 1 fc2": (25088, 384, 96),
+                "stage 3 fc1": (1568, 384, 1536),
+                "stage 4 fc2": (392, 3072, 768),
+            }.items()
+        },
+        (LINEAR_TESTS,),
+    ),
+    "conv3x3": Op(
+        {
+            f"dalle {name}": Entry("dalle", ConvCase(*sizes), {"cpu": 1})
+            for name, sizes in {
+                "group 1, 2 frames": (2, 112, 112, 256, 64),
+                "group 2, 5 frames": (5, 56, 56, 128, 128),
+                "group 3, 10 frames": (10, 28, 28, 1024, 256),
+                "group 4, 20 frames": (20, 14, 14, 2048, 512),
+            }.items()
+        },
+        (CONV_TESTS,),
+    ),
     "masked_head": Op(
         # Two clips: their masks cover 0.372 of the positions, the recipe's 0.375 on average (one clip's: 0.44).
         {"swin-b": Entry("swin-b", HeadCase(1, "base"), {"cpu": 2, "cuda": 8})},
@@ -154,7 +180,7 @@ OPS = {
             "swin-b, 1 clip + 2 images": Entry("micro-batch", PretrainCase(1, "base", 2), {"cpu": 1}),
             "swin-b, 4 clips + 32 images": Entry("micro-batch", PretrainCase(1, "base", 8), {"cuda": 4}),
         },
-        (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS),
+        (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS),
     ),
 }
 

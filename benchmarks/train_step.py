@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 from benchmarks.memory import MALLOC, high_water, resident
 from bevt import budget, masking
-from bevt.config import SIZES, Config, MaskConfig, Size, resized
+from bevt.config import SIZES, Config, MaskConfig, Size, resized, tokenizer_settings
 from bevt.data.batch import Batch
 from bevt.models.region import compile_regions
 from bevt.recipes import RECIPES
@@ -102,12 +102,12 @@ def tokenizer_of(kind: Kind, config: Config, device: torch.device) -> Tokenizer:
     """Of random weights, whose logits differ as much as pixels do."""
     torch.manual_seed(0)
     if kind == "vq":
-        return VQTokenizer(VQModel(VQConfig()), config.tokenizer).to(device)
+        return VQTokenizer(VQModel(VQConfig()), tokenizer_settings(config)).to(device)
     encoder = DalleEncoder()
     for conv in encoder.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return DalleTokenizer(encoder, config.tokenizer).to(device)
+    return DalleTokenizer(encoder, tokenizer_settings(config)).to(device)
 
 
 def train_step(case: Case, path: Way, device: torch.device, folder: Path) -> TrainStep:

@@ -48,6 +48,13 @@ class ModelConfig:
     """Implementation of `bevt_kernels.window_attention`."""
     loss_impl: Impl = "auto"
     """Implementation of `bevt_kernels.masked_linear_cross_entropy`."""
+    linear_impl: Impl = "auto"
+    """Implementation of `bevt_kernels.linear`: native (float32 on CPUs) or reference, torch's own."""
+
+
+def plain(model: ModelConfig) -> ModelConfig:
+    """`model` with every op in plain PyTorch."""
+    return dataclasses.replace(model, attention_impl="reference", loss_impl="reference", linear_impl="reference")
 
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -83,7 +90,7 @@ class TokenizerConfig:
     path: str = ""
     """`dalle`: `encoder.pkl`, or its weights as `.safetensors`. `vq`: what `bevt tokenizer fit` wrote."""
     impl: Impl = "auto"
-    """Implementation of `bevt_kernels.linear_argmax`."""
+    """Implementation of `bevt_kernels.linear_argmax`; `reference` is that of `conv3x3` too, which else is `auto`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the encoder's convolutions. `auto`: float16 on CUDA, as the published encoder computes; else float32."""
     compile: Literal["auto", "yes", "no"] = "auto"
@@ -243,6 +250,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+def tokenizer_settings(config: Config) -> TokenizerConfig:
+    """What a run's tokenizer is built with: on the reference path plain PyTorch, eager."""
+    if config.path == "reference":
+        return dataclasses.replace(config.tokenizer, impl="reference", compile="no")
+    return config.tokenizer
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain data (dicts, lists, strings, numbers), for checkpoints and JSON."""
     out: dict[str, Any] = {}
@@ -351,6 +365,9 @@ def check(config: Config) -> None:
             "optim.impl": o.impl != "torch",
             "model.attention_impl": m.attention_impl != "auto",
             "model.loss_impl": m.loss_impl != "auto",
+            "model.linear_impl": m.linear_impl != "auto",
+            "tokenizer.impl": config.tokenizer.impl != "auto",
+            "tokenizer.compile": config.tokenizer.compile == "yes",
             "tokenizer.cache": bool(config.tokenizer.cache),
         }
         for key, chosen in fused.items():

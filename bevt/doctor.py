@@ -57,7 +57,7 @@ def _implementations() -> tuple[str, str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = Spec(device, torch.float32, True, (8, 7, 7), 32)
-    ops = ("window_attention", "masked_linear_cross_entropy", "linear_argmax")
+    ops = ("window_attention", "masked_linear_cross_entropy", "linear_argmax", "linear", "conv3x3")
     return f"\n{'':16}".join(f"{op}: {resolve(op, 'auto', spec)}" for op in ops), ""
 
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 from benchmarks.problems.base import Contestant, Leaves, Problem, Work
 from benchmarks.problems.models import MaskedHead, PretrainStep, VideoSwinStep
-from benchmarks.problems.ops import LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
+from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
 from benchmarks.registry import OPS, PER_CLIP
 
 __all__ = [
     "KINDS",
     "Contestant",
+    "Conv3x3",
     "Leaves",
+    "Linear",
     "LinearArgmax",
     "MaskedHead",
     "MaskedLinearCrossEntropy",
@@ -29,6 +31,8 @@ KINDS: dict[str, type[Problem]] = {
     "video_swin_step": VideoSwinStep,
     "masked_linear_cross_entropy": MaskedLinearCrossEntropy,
     "linear_argmax": LinearArgmax,
+    "linear": Linear,
+    "conv3x3": Conv3x3,
     "masked_head": MaskedHead,
     "pretrain_step": PretrainStep,
 }

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.problems.base import Contestant, Forward, Leaves, Problem, Work, contestants, counted, leaf, run
 from benchmarks.registry import QUANTITIES, HeadCase, PretrainCase, StepCase
 from bevt import masking
-from bevt.config import SIZES, Config, ModelConfig, resized
+from bevt.config import SIZES, Config, ModelConfig, plain, resized
 from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models import video_swin
@@ -72,7 +72,8 @@ class VideoSwinStep(_Model):
         )
 
     def _model(self, impl: str) -> nn.Module:
-        config = replace(self.config, drop_path=0.0, attention_impl=impl)  # type: ignore[arg-type]
+        linear_impl: Any = "native" if impl == "native" else "reference"
+        config = replace(self.config, drop_path=0.0, attention_impl=impl, linear_impl=linear_impl)  # type: ignore[arg-type]
         embed = video_swin.PatchEmbed(video_swin.PATCH, config.embed_dim)
         return nn.Sequential(embed, video_swin.VideoSwin(config))
 
@@ -139,6 +140,7 @@ class MaskedHead(_Model):
         config = replace(resized(ModelConfig(), case.size), depths=(1, 1, 1, 1), loss_impl="reference")
         torch.manual_seed(0)
         self.model = BEVT(config, case.classes, ("clips",), device=device, dtype=self.dtype).to(device)
+        self.plain = BEVT(plain(config), case.classes, ("clips",), device=device, dtype=self.dtype).to(device)
         mask = _clip_masks(Config(), case.batch)
         self.slots = 2 * slots_for(Config().clip_mask, mask, torch.device(device))
         self.mask = mask.to(device)
@@ -158,16 +160,17 @@ class MaskedHead(_Model):
         }
         spec = Spec(device, self.dtype, True, classes=case.classes)
         op = "masked_linear_cross_entropy"
-        self.contestants = contestants(op, spec, self._ours, rivals, self._forward)
+        theirs = lambda function: self._forward(self.plain, function)  # noqa: E731
+        self.contestants = contestants(op, spec, self._ours, rivals, theirs)
 
-    def _forward(self, function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Forward:
-        """`function` (x3, x4) -> (loss, accuracy), with the leaves as the model's parameters."""
+    def _forward(self, model: BEVT, function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Forward:
+        """`function` (x3, x4) -> (loss, accuracy), with the leaves as the parameters of `model`."""
 
         def forward(leaves: Leaves) -> Leaves:
             x3, x4, *_ = leaves.values()
             own = {f"model.{name}": p for name, p in leaves.items() if name not in ("x3", "x4")}
             with self._precision(leaves):
-                loss, accuracy = torch.func.functional_call(_Call(self.model, function), own, (x3, x4))
+                loss, accuracy = torch.func.functional_call(_Call(model, function), own, (x3, x4))
             return {"loss": loss, "accuracy": accuracy}
 
         return forward
@@ -177,15 +180,15 @@ class MaskedHead(_Model):
             self.model.implementations["masked_linear_cross_entropy"] = impl
             return self.model.masked_loss("clips", x3, x4, self.mask, self.codes, self.slots)
 
-        return self._forward(masked)
+        return self._forward(self.model, masked)
 
     def _dense(self, x3: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.norm(self.model.video_decoder(x3, x4))
+        features = self.plain.norm(self.plain.video_decoder(x3, x4))
         mask = self.mask.repeat_interleave(2, dim=1)
-        return _dense_loss(features, self.model.head.weight, self.model.head.bias, mask, self.codes)
+        return _dense_loss(features, self.plain.head.weight, self.plain.head.bias, mask, self.codes)
 
     def truth(self) -> tuple[Leaves, Leaves]:
-        dense = self._forward(self._dense)
+        dense = self._forward(self.plain, self._dense)
         double = {name: leaf(x.double()) for name, x in self.leaves.items()}
         grads = {"loss": self.grads["loss"].double()}
         return run(dense, double, grads), run(dense, self.leaves, self.grads)
@@ -345,7 +348,7 @@ class PretrainStep(_Model):
             stream: MaskedInput(x.pixels.to("meta"), x.mask.to("meta"), x.codes.to("meta"), slots[stream])
             for stream, x in inputs.items()
         }
-        config = replace(self.config.model, attention_impl="reference", loss_impl="reference")
+        config = plain(self.config.model)
         with torch.device("meta"):
             model = BEVT(config, 8192)
         step = sum(counted(lambda leaves: self._loss(model, leaves, meta), self.leaves, self.grads))

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bevt_kernels import Spec, linear_argmax, masked_linear_cross_entropy, window_attention
-from bevt_kernels.baselines import LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
+import torch.nn.functional as F
+from bevt_kernels import Spec, conv3x3, linear, linear_argmax, masked_linear_cross_entropy, window_attention
+from bevt_kernels.baselines import CONV3X3, LINEAR, LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
 from bevt_kernels.select import IMPLEMENTATIONS
 from bevt_kernels.testing import (
     ArgmaxCase,
+    ConvCase,
+    LinearCase,
     LossCase,
     WindowCase,
     assert_accuracy,
     assert_argmax,
     eager_masked_linear_cross_entropy,
     eager_window_attention,
+    eager_winograd,
 )
 from bevt_kernels.window_attention.boxes import segments
 from torch import Tensor
@@ -166,3 +170,77 @@ class LinearArgmax(Problem):
         case = self.case
         flop = 2 * case.rows * case.channels * case.classes
         return {FORWARD: Work(flop, flop, sum(x.nbytes for x in self.leaves.values()) + 8 * case.rows)}
+
+
+class Linear(Problem):
+    """x, weight and bias -> out."""
+
+    case: LinearCase
+    names = (*IMPLEMENTATIONS, *LINEAR)
+
+    def __init__(self, case: LinearCase, device: str) -> None:
+        super().__init__(case, device)
+        *leaves, grad = case.inputs(self.dtype, device=device)
+        self.leaves = {name: leaf(x) for name, x in zip(("x", "weight", "bias"), leaves)}
+        self.grads = {"out": grad}
+        self.contestants = contestants("linear", Spec(device, self.dtype, True), self._ours, LINEAR, self._rival)
+
+    def _ours(self, impl: str) -> Forward:
+        return lambda x: {"out": linear(*x.values(), impl=impl)}
+
+    def _rival(self, function: Callable[..., Tensor]) -> Forward:
+        return lambda x: {"out": function(*x.values(), self.case)}
+
+    def truth(self) -> tuple[Leaves, Leaves]:
+        eager: Forward = lambda x: {"out": F.linear(*x.values())}  # noqa: E731
+        double = {name: leaf(x.double()) for name, x in self.leaves.items()}
+        return run(eager, double, {"out": self.grads["out"].double()}), run(eager, self.leaves, self.grads)
+
+    def work(self) -> dict[str, Work]:
+        """One product forward and two backward."""
+        case = self.case
+        flop = 2 * case.rows * case.channels * case.outputs
+        inputs, out = sum(x.nbytes for x in self.leaves.values()), self.grads["out"].nbytes
+        forward, backward = Work(flop, flop, inputs + out), Work(2 * flop, 2 * flop, 2 * inputs + out)
+        return {
+            "forward": forward,
+            "backward": backward,
+            BOTH: Work(3 * flop, 3 * flop, 3 * inputs + 2 * out),
+        }
+
+
+class Conv3x3(Problem):
+    """x, weight and bias -> out; forward alone. Judged beside Winograd's algorithm in plain PyTorch."""
+
+    case: ConvCase
+    names = (*IMPLEMENTATIONS, *CONV3X3)
+    quantities = (FORWARD,)
+
+    def __init__(self, case: ConvCase, device: str) -> None:
+        super().__init__(case, device)
+        x, weight, bias = case.inputs(self.dtype, device=device)
+        weight = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # as the tokenizer keeps it
+        self.leaves = {"x": x, "weight": weight, "bias": bias}
+        self.direct = weight.contiguous(memory_format=torch.channels_last)  # as the library has it best
+        self.grads = {}
+        self.contestants = contestants("conv3x3", Spec(device, self.dtype), self._ours, CONV3X3, self._rival)
+
+    def _ours(self, impl: str) -> Forward:
+        return lambda x: {"out": conv3x3(*x.values(), relu=self.case.relu, impl=impl)}
+
+    def _rival(self, function: Callable[..., Tensor]) -> Forward:
+        return lambda x: {"out": function(x["x"], self.direct, x["bias"], self.case)}
+
+    def truth(self) -> tuple[Leaves, Leaves]:
+        direct = CONV3X3["eager"].function
+        x, weight, bias = self.leaves.values()
+        double = direct(x.double(), weight.double(), bias.double(), self.case)
+        return {"out": double}, {"out": eager_winograd(x, weight, bias, self.case.relu)}
+
+    def work(self) -> dict[str, Work]:
+        """The direct convolution's FLOP."""
+        case = self.case
+        pixels = case.images * case.height * case.width
+        flop = 2 * 9 * pixels * case.channels * case.outputs
+        moved = sum(x.nbytes for x in self.leaves.values()) + pixels * case.outputs * self.dtype.itemsize
+        return {FORWARD: Work(flop, flop, moved)}

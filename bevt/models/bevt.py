@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
-from bevt_kernels import Spec, masked_linear_cross_entropy, resolve
+from bevt_kernels import Spec, linear, masked_linear_cross_entropy, resolve
 from einops import rearrange
 from torch import Tensor, nn
 
 from bevt.config import Impl, ModelConfig
+from bevt.models.linear import Linear
 from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
 
 Stream = Literal["clips", "images"]
@@ -68,9 +68,9 @@ class PatchExpand(nn.ConvTranspose3d):
     Parameters are `nn.ConvTranspose3d`'s (or, with `planar`, `nn.ConvTranspose2d`'s, the official image decoder's).
     """
 
-    def __init__(self, dim: int, factor: tuple[int, int, int], *, planar: bool = False) -> None:
+    def __init__(self, dim: int, factor: tuple[int, int, int], *, planar: bool = False, impl: Impl = "auto") -> None:
         super().__init__(dim, dim, factor, stride=factor)
-        self.factor = factor
+        self.factor, self.impl = factor, impl
         if planar:
             self.weight = nn.Parameter(self.weight.detach().squeeze(2))
 
@@ -78,7 +78,7 @@ class PatchExpand(nn.ConvTranspose3d):
         """(..., C) -> (..., fd * fh * fw, C): what becomes of a token, its cells in order of depth, height, width."""
         weight = self.weight.flatten(2).permute(2, 1, 0)  # cells, C out, C in
         bias = cast(Tensor, self.bias).repeat(len(weight))
-        return F.linear(x, weight.flatten(0, 1), bias).unflatten(-1, weight.shape[:2])
+        return linear(x, weight.flatten(0, 1), bias, impl=self.impl).unflatten(-1, weight.shape[:2])
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, D, H, W, C) -> (B, D * fd, H * fh, W * fw, C)."""
@@ -89,10 +89,10 @@ class PatchExpand(nn.ConvTranspose3d):
 class ImageDecoder(nn.Module):
     """Stage 4 upsampled to stage 3's map, both concatenated and mixed."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, impl: Impl = "auto") -> None:
         super().__init__()
-        self.up = PatchExpand(dim, (1, 2, 2), planar=True)
-        self.fuse = nn.Linear(dim // 2 + dim, dim)
+        self.up = PatchExpand(dim, (1, 2, 2), planar=True, impl=impl)
+        self.fuse = Linear(dim // 2 + dim, dim, impl=impl)
 
     def forward(self, x3: Tensor, x4: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(M, 1, h, w, 4C), (M, 1, h/2, w/2, 8C) -> (M, 1, h, w, 8C).
@@ -116,10 +116,10 @@ class ImageDecoder(nn.Module):
 class VideoDecoder(ImageDecoder):
     """The image decoder's form, then every depth step to the two frames under it."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        self.up = PatchExpand(dim, (1, 2, 2))
-        self.frames = PatchExpand(dim, (PATCH[0], 1, 1))
+    def __init__(self, dim: int, impl: Impl = "auto") -> None:
+        super().__init__(dim, impl)
+        self.up = PatchExpand(dim, (1, 2, 2), impl=impl)
+        self.frames = PatchExpand(dim, (PATCH[0], 1, 1), impl=impl)
 
     def forward(self, x3: Tensor, x4: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, D, h, w, 4C), (B, D, h/2, w/2, 8C) -> (B, T, h, w, 8C).
@@ -157,8 +157,10 @@ class BEVT(nn.Module):
         self.implementations = {
             "window_attention": resolve("window_attention", config.attention_impl, window),
             "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
+            "linear": resolve("linear", config.linear_impl, spec),
         }
-        config = replace(config, attention_impl=cast(Impl, self.implementations["window_attention"]))
+        attention_impl, _, linear_impl = (cast(Impl, name) for name in self.implementations.values())
+        config = replace(config, attention_impl=attention_impl, linear_impl=linear_impl)
         dim = config.embed_dim * 8
         self.vocab_size, self.streams = vocab_size, tuple(streams)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
@@ -169,9 +171,9 @@ class BEVT(nn.Module):
             self.patch_embed_2d = PatchEmbed(PATCH[1:], config.embed_dim)
         self.encoder = VideoSwin(config)
         if "clips" in streams:
-            self.video_decoder = VideoDecoder(dim)
+            self.video_decoder = VideoDecoder(dim, linear_impl)
         if "images" in streams:
-            self.image_decoder = ImageDecoder(dim)
+            self.image_decoder = ImageDecoder(dim, linear_impl)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size)
         self.apply(init_weights)

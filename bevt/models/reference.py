@@ -17,7 +17,7 @@ from bevt_kernels.registration import statistics_dtype
 from bevt_kernels.testing import WindowCase
 from torch import Tensor
 
-from bevt.config import ModelConfig
+from bevt.config import ModelConfig, plain
 from bevt.models.bevt import BEVT, MaskedInput, Stream
 from bevt.models.video_swin import PATCH, WindowAttention3D
 
@@ -53,7 +53,7 @@ class ReferenceBEVT(BEVT):
     """`BEVT`, built like it, with the same parameters and results up to rounding."""
 
     def __init__(self, config: ModelConfig, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(replace(config, attention_impl="reference", loss_impl="reference"), *arguments, **keywords)
+        super().__init__(plain(config), *arguments, **keywords)
         self.implementations = dict.fromkeys(self.implementations, "materialised")
         attend = MaterialisedAttention()
         for module in self.modules():

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from bevt_kernels import window_attention
 from torch import Tensor, nn
 
-from bevt.config import Impl, ModelConfig
+from bevt.config import ModelConfig
+from bevt.models.linear import Linear
 from bevt.models.region import Region
 
 Size3 = tuple[int, int, int]
@@ -75,17 +76,17 @@ class PatchEmbed(Region):
 class WindowAttention3D(nn.Module):
     """Multi-head attention inside 3D windows with a learned relative position bias."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: Size3, shift: Size3, quirks: str, impl: Impl) -> None:
+    def __init__(self, config: ModelConfig, dim: int, num_heads: int, shift: Size3) -> None:
         super().__init__()
-        self.num_heads, self.window_size, self.shift = num_heads, window_size, shift
-        self.quirks, self.impl = quirks, impl
+        self.num_heads, self.window_size, self.shift = num_heads, config.window_size, shift
+        self.quirks, self.impl = config.quirks, config.attention_impl
         self.attend = window_attention  # the reference path puts its own in this place
-        wd, wh, ww = window_size
+        wd, wh, ww = config.window_size
         self.relative_position_bias_table = nn.Parameter(
             torch.empty((2 * wd - 1) * (2 * wh - 1) * (2 * ww - 1), num_heads)
         )
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, impl=config.linear_impl)
+        self.proj = Linear(dim, dim, impl=config.linear_impl)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,10 +135,11 @@ class WindowAttention3D(nn.Module):
 class MLP(nn.Module):
     """Linear, GELU, Linear."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        hidden = int(dim * config.mlp_ratio)
+        self.fc1 = Linear(dim, hidden, impl=config.linear_impl)
+        self.fc2 = Linear(hidden, dim, impl=config.linear_impl)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -150,9 +152,9 @@ class SwinBlock(Region):
     def __init__(self, config: ModelConfig, dim: int, num_heads: int, shift: Size3) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention3D(dim, num_heads, config.window_size, shift, config.quirks, config.attention_impl)
+        self.attn = WindowAttention3D(config, dim, num_heads, shift)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * config.mlp_ratio))
+        self.mlp = MLP(config, dim)
 
     def body(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
         """(B, D, H, W, C) -> (B, D, H, W, C). `drop` (2, B): factors of attention and MLP (`VideoSwin.forward`)."""
@@ -164,10 +166,10 @@ class SwinBlock(Region):
 class PatchMerging(Region):
     """2x2 neighbouring tokens of a frame to one of twice the channels; odd maps are zero-padded."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False, impl=config.linear_impl)
 
     def body(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
@@ -189,7 +191,7 @@ class SwinStage(nn.Module):
         self.blocks = nn.ModuleList(
             SwinBlock(config, dim, config.num_heads[index], shifts[i % 2]) for i in range(config.depths[index])
         )
-        self.downsample = PatchMerging(dim) if index < len(config.depths) - 1 else None
+        self.downsample = PatchMerging(config, dim) if index < len(config.depths) - 1 else None
 
     def forward(self, x: Tensor, drop: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """(B, D, H, W, C) -> the stage's output before merging, and the next stage's input. `drop`: one a block."""

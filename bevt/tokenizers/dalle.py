@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from bevt_kernels import Spec, conv3x3, resolve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bevt.config import TokenizerConfig
 from bevt.tokenizers import common
-from bevt.tokenizers.frozen import AUTO, FrozenTokenizer
+from bevt.tokenizers.frozen import AUTO, PIECE, FrozenTokenizer
 
 
 class Block(nn.Module):
     """x + gain * (three 3x3 convolutions and a 1x1, each after a ReLU, n_out/4 wide inside)."""
+
+    impl = "reference"
+    """Of `bevt_kernels.conv3x3`."""
 
     def __init__(self, n_in: int, n_out: int, gain: float) -> None:
         super().__init__()
@@ -37,10 +41,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, n_in, H, W) -> (M, n_out, H, W)."""
-        y = F.relu(x)
-        for i, conv in enumerate(self.convs):
-            y = conv(F.relu_(y) if i else y)
-        return torch.add(self.skip(x), y, alpha=self.gain)
+        y = x
+        for conv in self.convs[:3]:
+            y = conv3x3(y, conv.get_parameter("weight"), conv.get_parameter("bias"), relu=True, impl=self.impl)
+        return self.convs[3](F.relu_(y)).mul_(self.gain).add_(self.skip(x))
 
 
 class DalleEncoder(nn.Module):
@@ -60,12 +64,24 @@ class DalleEncoder(nn.Module):
         )
         self.head = nn.Conv2d(8 * n_hid, vocab_size, 1)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(M, 3, H, W) mapped pixels (0.8 x + 0.1) -> (M, 8n, h, w), what the last convolution sees."""
-        x = self.stem(x)
+    def features(self, x: Tensor, most: int = 0) -> Tensor:
+        """(M, 3, H, W) mapped pixels (0.8 x + 0.1) -> (M, 8n, h, w), what the last convolution sees.
+
+        With `most` a group's output has at most so many numbers (or those of one frame) at a time.
+        """
         for g, group in enumerate(self.groups):
-            x = group(F.max_pool2d(x, 2) if g else x)
+            if most:
+                _, _, height, width = x.shape
+                numbers = (self.stem.out_channels << g) * height * width
+                x = torch.cat([self._stage(g, group, piece) for piece in x.split(max(1, most // numbers))])
+            else:
+                x = self._stage(g, group, x)
         return F.relu(x)
+
+    def _stage(self, g: int, group: nn.Module, x: Tensor) -> Tensor:
+        """Group g with the convolution before it, if it is the first, or else the pooling behind it."""
+        x = group(x if g else self.stem(x))
+        return x if g == len(self.groups) - 1 else F.max_pool2d(x, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, 3, H, W) mapped pixels -> (M, V, h, w) logits."""
@@ -119,6 +135,8 @@ class DalleTokenizer(FrozenTokenizer):
 
     name = "dalle"
     compiled_on = ("cuda",)
+    native = False
+    """Whether `bevt_kernels.conv3x3` is: on CPUs in float32, unless `config` says "reference" or asks to compile."""
 
     def __init__(self, encoder: DalleEncoder, config: TokenizerConfig = AUTO) -> None:
         super().__init__(encoder, config)
@@ -141,6 +159,26 @@ class DalleTokenizer(FrozenTokenizer):
         load_weights(encoder, tensors, path)
         return cls(encoder, config)
 
+    def to(self, device: torch.device | str) -> DalleTokenizer:
+        """As `FrozenTokenizer.to`."""
+        super().to(device)
+        plain = self.config.impl == "reference" or self.implementations["tokenizer"] == "compiled"
+        spec = Spec(torch.device(device).type, self.precision)
+        impl = resolve("conv3x3", "reference" if plain else "auto", spec)
+        self.native = impl == "native"
+        for block in self.encoder.modules():
+            if isinstance(block, Block):
+                block.impl = impl
+                for conv in block.convs[:3] if self.native else ():  # outputs side by side, as the op reads them
+                    weight = conv.get_parameter("weight")
+                    weight.data = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        self.implementations["conv3x3"] = impl
+        return self
+
+    def piece(self, device: str, height: int, width: int) -> int:
+        """As many as the last group takes; the groups before it get smaller pieces of it."""
+        return super().piece(device, height, width) * (8 if self.native else 1)
+
     def metadata(self) -> dict[str, str]:
         return {"format": "bevt-dalle-1"}
 
@@ -158,7 +196,8 @@ class DalleTokenizer(FrozenTokenizer):
 
     def features(self, pixels: Tensor) -> Tensor:
         x = (0.8 * pixels + 0.1).to(self.precision, memory_format=torch.channels_last)  # dall_e/utils.py: map_pixels
-        return self.encoder.features(x).permute(0, 2, 3, 1)
+        most = PIECE["cpu"] // self.precision.itemsize if self.native else 0
+        return self.encoder.features(x, most).permute(0, 2, 3, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Raises NotImplementedError: `encoder.pkl` has no decoder."""

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import bevt
 from bevt import tokenizers
 from bevt.budget import step_flop
-from bevt.config import Config, ConfigError, check, from_dict, to_dict
+from bevt.config import Config, ConfigError, check, from_dict, to_dict, tokenizer_settings
 from bevt.data import DataError
 from bevt.data.batch import Loader
 from bevt.data.build import StepLoader, build_loader, check_held_out, source_kind
@@ -110,7 +110,7 @@ def _train(
     recomputed = None
     if config.train.memory_budget:  # a budget that cannot be kept is refused before anything is read
         recomputed = memory.choose(config, world.size, world.device.type)
-    tokenizer = tokenizers.build(config.tokenizer, world.device)
+    tokenizer = tokenizers.build(tokenizer_settings(config), world.device)
     digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
     if saved and saved["tokenizer"] != digest:

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bevt import masking
-from bevt.config import Config, ConfigError
+from bevt.config import Config, ConfigError, plain
 from bevt.data import augment
 from bevt.data.sampling import STREAMS
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
@@ -371,7 +371,7 @@ def meta_model(config: Config, vocab_size: int, *, reference_ops: bool = False) 
     streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
     model = config.model
     if reference_ops:
-        model = replace(model, attention_impl="reference", loss_impl="reference")
+        model = plain(model)
     dtype = getattr(torch, config.train.precision)
     kind = FakeReferenceBEVT if config.path == "reference" else BEVT
     with torch.device("meta"):

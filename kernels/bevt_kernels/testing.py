@@ -214,6 +214,112 @@ class ArgmaxCase:
         return x.to(device, dtype), (weight / max(1, self.channels) ** 0.5).to(device, dtype), bias.to(device, dtype)
 
 
+@dataclass(frozen=True)
+class ConvCase:
+    """One 3x3 convolution: M images of H x W pixels, C channels in, N out."""
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    outputs: int
+    relu: bool = True
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Channels-last x, weight and bias; outputs of variance 1 or 2."""
+        g = torch.Generator().manual_seed(seed)
+        x, weight, bias = (
+            torch.randn(shape, generator=g, dtype=torch.float64)
+            for shape in (
+                (self.images, self.height, self.width, self.channels),
+                (self.outputs, self.channels, 3, 3),
+                (self.outputs,),
+            )
+        )
+        weight /= max(1, 9 * self.channels) ** 0.5
+        return x.permute(0, 3, 1, 2).to(device, dtype), weight.to(device, dtype), bias.to(device, dtype)
+
+
+def random_conv_case(seed: int, products: int = 2**22) -> ConvCase:
+    """A case of its own for each seed, of at most `products` multiply-adds (or one pixel's): odd maps and channels."""
+    rng = random.Random(seed)
+    channels, outputs = (rng.choice((1, 3, 8, 15, 16, 17, 32, 33, 48, 64, 96, rng.randint(1, 100))) for _ in range(2))
+    if rng.random() < 1 / 6:
+        channels = rng.choice((255, 256, 257, 300))  # on and off a block of channels
+    left, sizes = max(1, products // (9 * channels * outputs)), []
+    for most in (28, 28, 5):
+        sizes.append(rng.randint(1, min(most, left)))
+        left //= sizes[-1]
+    height, width, images = sizes
+    return ConvCase(0 if rng.random() < 1 / 30 else images, height, width, channels, outputs, rng.random() < 1 / 2)
+
+
+WINOGRAD_INPUT = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+WINOGRAD_KERNEL = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+WINOGRAD_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+"""B^T, G and A^T of F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308, section 4.3)."""
+
+
+def eager_winograd(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """`conv3x3` as Winograd's F(4x4, 3x3) in plain PyTorch, in the dtype of `x`."""
+    into, kernel, out = (x.new_tensor(m) for m in (WINOGRAD_INPUT, WINOGRAD_KERNEL, WINOGRAD_OUTPUT))
+    height, width = x.shape[2:]
+    padded = F.pad(x.relu() if relu else x, (1, 1 - width % -4, 1, 1 - height % -4))
+    tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # (M, C, rows, columns, 6, 6)
+    v = into @ tiles @ into.t()
+    u = kernel @ weight @ kernel.t()
+    y = out @ torch.einsum("ncij,mcrsij->mnrsij", u, v) @ out.t()
+    return y.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)[..., :height, :width] + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One linear layer: M rows of C channels, N outputs."""
+
+    rows: int
+    channels: int
+    outputs: int
+    bias: bool = True
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, ...]:
+        """x, weight, bias if there is one, and a random gradient of the output; outputs of variance 1 or 2."""
+        g = torch.Generator().manual_seed(seed)
+        shapes = [(self.rows, self.channels), (self.outputs, self.channels), *[(self.outputs,)] * self.bias]
+        x, weight, *bias, grad = (
+            torch.randn(shape, generator=g, dtype=torch.float64) for shape in (*shapes, (self.rows, self.outputs))
+        )
+        weight /= max(1, self.channels) ** 0.5
+        return tuple(t.to(device, dtype) for t in (x, weight, *bias, grad))
+
+
+def random_linear_case(seed: int, products: int = 2**22) -> LinearCase:
+    """A case of its own for each seed, of at most `products` multiply-adds: sizes 0, 1, odd, on and off every tile."""
+    rng = random.Random(seed)
+    sizes = [rng.choice((1, 2, 7, 8, 9, 24, 31, 32, 33, 64, 96, rng.randint(1, 300))) for _ in range(3)]
+    if rng.random() < 1 / 2:  # one long axis: of rows, of sums, or of outputs
+        sizes[rng.randrange(3)] = rng.choice((255, 256, 257, 513, rng.randint(300, 3000)))
+    if rng.random() < 1 / 10:
+        sizes[rng.randrange(3)] = 0
+    largest = sizes.index(max(sizes))
+    sizes[largest] = min(sizes[largest], max(1, products // max(1, sizes[largest - 1] * sizes[largest - 2])))
+    rows, channels, outputs = sizes
+    return LinearCase(rows, channels, outputs, rng.random() < 2 / 3)
+
+
 def random_argmax_case(seed: int, products: int = 2**24) -> ArgmaxCase:
     """A case of its own for each seed, of at most `products` multiply-adds: rows 0, 1, odd; V that no tile divides."""
     case = random_loss_case(seed, products)

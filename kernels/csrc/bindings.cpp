@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include "cpu/conv3x3.h"
+#include "cpu/linear.h"
 #include "cpu/linear_argmax.h"
 #include "cpu/masked_linear_cross_entropy.h"
 #include "cpu/window_attention.h"
@@ -11,6 +13,11 @@ extern "C" __attribute__((used, visibility("default"))) const char bevt_kernels_
     "bevt_kernels native library, torch " BEVT_TORCH_VERSION;
 
 TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
+  m.def("conv3x3_native(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor");
+  m.def("linear_forward_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward_native(Tensor grad_out, Tensor x, Tensor weight, bool[3] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("linear_argmax_native(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def(
       "masked_linear_cross_entropy_native(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor index, "
@@ -26,6 +33,9 @@ TORCH_LIBRARY_FRAGMENT(bevt_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(bevt_kernels, CPU, m) {
+  m.impl("conv3x3_native", &bevt_kernels::conv3x3);
+  m.impl("linear_forward_native", &bevt_kernels::linear_forward);
+  m.impl("linear_backward_native", &bevt_kernels::linear_backward);
   m.impl("linear_argmax_native", &bevt_kernels::linear_argmax);
   m.impl("masked_linear_cross_entropy_native", &bevt_kernels::masked_linear_cross_entropy);
   m.impl("window_attention_forward_native", &bevt_kernels::window_attention_forward);

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bevt_kernels import Spec
-from bevt_kernels.baselines import LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
+from bevt_kernels.baselines import LINEAR, LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
 from bevt_kernels.baselines.window_attention import _flex, _flex_constants
 from bevt_kernels.testing import (
     ArgmaxCase,
+    LinearCase,
     LossCase,
     WindowCase,
     assert_accuracy,
@@ -26,6 +27,7 @@ CASES = {
     "shifted on every axis": WindowCase(1, (4, 6, 4), (2, 3, 2), (1, 1, 1), heads=3, head_dim=32),
     "clipped table": WindowCase(2, (1, 14, 14), (1, 7, 7), (0, 3, 3), (8, 7, 7), heads=2, head_dim=16),
 }
+WIDTHS = (torch.float32, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -167,6 +169,20 @@ def test_argmax_baseline_takes_the_largest(name: str, dtype: torch.dtype) -> Non
     case = ArgmaxCase(200, 64, 513)
     inputs = case.inputs(dtype, device=DEVICE)
     assert_argmax(LINEAR_ARGMAX[name].function(*inputs, case), *inputs)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_baseline_is_within_budget(name: str) -> None:
+    case = LinearCase(300, 40, 70)
+    if reasons := LINEAR[name].reasons(Spec("cpu", torch.float32)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    found = []
+    for function, dtype in ((LINEAR[name].function, torch.float32), *((LINEAR["eager"].function, d) for d in WIDTHS)):
+        *leaves, grad = (x.to(dtype).requires_grad_() for x in case.inputs(torch.float32))
+        out = function(*leaves, case)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.detach())])
+    for got, eager, oracle, what in zip(*found, ("out", "grad x", "grad weight", "grad bias")):
+        assert_within_budget(got, eager, oracle, f"{name}, {what}")
 
 
 def test_argmax_in_half_precision_has_ties_that_are_not_there() -> None:

@@ -167,5 +167,5 @@ def test_an_implementation_that_cannot_serve_is_refused_when_the_model_is_built(
 
 
 def test_implementations_are_resolved_once_and_named(model: BEVT) -> None:
-    assert set(model.implementations) == {"window_attention", "masked_linear_cross_entropy"}
+    assert set(model.implementations) == {"window_attention", "masked_linear_cross_entropy", "linear"}
     assert "auto" not in model.implementations.values()

@@ -10,7 +10,7 @@ import torch
 from bevt_kernels import native
 from bevt_kernels.testing import assert_within_budget
 
-from bevt.config import ModelConfig
+from bevt.config import ModelConfig, plain
 from bevt.models.bevt import BEVT, MaskedInput
 
 CONFIG = ModelConfig(embed_dim=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 3, 3), drop_path=0.0)
@@ -34,8 +34,8 @@ def inputs(dtype: torch.dtype, seed: int = 0) -> dict[str, MaskedInput]:
 def models() -> dict[str, BEVT]:
     """By implementation, with equal weights; "oracle" is the reference in float64."""
     torch.manual_seed(0)
-    reference = BEVT(replace(CONFIG, attention_impl="reference", loss_impl="reference"), CODES)
-    ours = BEVT(replace(CONFIG, attention_impl="native", loss_impl="native"), CODES)
+    reference = BEVT(plain(CONFIG), CODES)
+    ours = BEVT(replace(CONFIG, attention_impl="native", loss_impl="native", linear_impl="native"), CODES)
     ours.load_state_dict(reference.state_dict())
     return {"native": ours, "reference": reference, "oracle": copy.deepcopy(reference).double()}
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bevt.config import SIZES, ModelConfig
+from bevt.config import SIZES, ModelConfig, plain
 from bevt.models import weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.video_swin import PatchMerging, VideoSwin, WindowAttention3D, clip_window
 
 TORCHVISION = {"swin3d_t": SIZES["tiny"], "swin3d_s": SIZES["small"], "swin3d_b": SIZES["base"]}
 TINY = ModelConfig(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(8, 7, 7), drop_path=0.0)
+CLEAN = plain(ModelConfig())
+OFFICIAL = replace(CLEAN, quirks="official")
 
 
 def _torchvision(video: ModuleType, name: str) -> nn.Module:
@@ -98,9 +100,9 @@ def test_windows_clip_and_then_do_not_shift() -> None:
 def test_an_image_reads_the_zero_distance_rows_of_the_table() -> None:
     """Paper section 3.3; spec: rows 7*169 .. 8*169 of the (8, 7, 7) table."""
     torch.manual_seed(0)
-    attention = WindowAttention3D(32, 2, (8, 7, 7), (0, 3, 3), "clean", "reference")
+    attention = WindowAttention3D(CLEAN, 32, 2, (0, 3, 3))
     x = torch.randn(2, 1, 14, 14, 32)
-    flat = WindowAttention3D(32, 2, (1, 7, 7), (0, 3, 3), "clean", "reference")
+    flat = WindowAttention3D(replace(CLEAN, window_size=(1, 7, 7)), 32, 2, (0, 3, 3))
     state = attention.state_dict()
     state["relative_position_bias_table"] = state["relative_position_bias_table"][7 * 169 : 8 * 169]
     flat.load_state_dict(state)
@@ -143,10 +145,10 @@ def _official_image_attention(attention: WindowAttention3D, x: torch.Tensor) -> 
 @pytest.mark.parametrize("size", [14, 7], ids=["stage 3", "stage 4"])
 def test_official_quirks_of_the_image_stream(shift: tuple[int, int, int], size: int) -> None:
     torch.manual_seed(0)
-    attention = WindowAttention3D(32, 2, (8, 7, 7), shift, "official", "reference")
+    attention = WindowAttention3D(OFFICIAL, 32, 2, shift)
     x = torch.randn(2, 1, size, size, 32)
     torch.testing.assert_close(attention(x), _official_image_attention(attention, x), rtol=1e-5, atol=1e-6)
-    clean = WindowAttention3D(32, 2, (8, 7, 7), shift, "clean", "reference")
+    clean = WindowAttention3D(CLEAN, 32, 2, shift)
     clean.load_state_dict(attention.state_dict())
     same = size == 14 and any(shift)  # the one case in which the official code has no accident
     assert torch.allclose(attention(x), clean(x), atol=1e-6) == same
@@ -162,13 +164,13 @@ def test_official_quirks_leave_clips_alone() -> None:
 
 
 def test_official_quirks_refuse_a_map_that_would_need_padding() -> None:
-    attention = WindowAttention3D(32, 2, (8, 7, 7), (0, 0, 0), "official", "reference")
+    attention = WindowAttention3D(OFFICIAL, 32, 2, (0, 0, 0))
     with pytest.raises(ValueError, match=r"12x12.*multiple of the 7x7 window"):
         attention(torch.randn(1, 1, 12, 12, 32))
 
 
 def test_patch_merging_takes_neighbours_in_the_published_order() -> None:
-    merging = PatchMerging(1)
+    merging = PatchMerging(CLEAN, 1)
     nn.init.eye_(merging.reduction.weight)
     merging.norm = nn.Identity()  # type: ignore[assignment]
     x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 2, 2, 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import bevt_kernels.native
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_published_size_on_real_frames(
     assert_only_near_ties_differ(found, ROUNDOFF[precision], least)
 
 
+@pytest.mark.skipif(not bevt_kernels.native.loaded(), reason="needs the native library")
+def test_winograds_convolutions(published_size: DalleEncoder, narrow: DalleEncoder, real_views: Tensor) -> None:
+    """Beside direct ones, at the published size and in a narrow encoder, whose channels are padded."""
+    for encoder, views in ((published_size, real_views[:2]), (narrow, real_views)):
+        made, plain = tokenizer(encoder), tokenizer(encoder, impl="reference")
+        assert made.implementations["conv3x3"] == "native"
+        assert plain.implementations["conv3x3"] == "reference"
+        assert_only_near_ties_differ(agreement(made, plain, [views]), 2.0**-24, LEAST)
+
+
 def test_published_size_in_channels_last(published_size: DalleEncoder, real_views: Tensor) -> None:
     """`to` changes the layout; the encoder as made is contiguous."""
     plain = DalleTokenizer(copy.deepcopy(published_size))
@@ -183,6 +194,7 @@ def test_what_to_settles() -> None:
         "linear_argmax": "reference",
         "tokenizer precision": "float32",
         "tokenizer": "eager",
+        "conv3x3": "reference",
     }
     half = tokenizer(DalleEncoder(n_hid=8, vocab_size=96), precision="float16")
     assert half.implementations["tokenizer precision"] == "float16"
@@ -201,22 +213,29 @@ def test_rounded_weights_are_not_saved(tmp_path: Path) -> None:
         half.save(tmp_path / "half.safetensors")
 
 
+@pytest.mark.parametrize("impl", ["reference", "auto"])
 def test_pieces_give_the_codes_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, narrow: DalleEncoder, real_views: Tensor
+    impl: str, monkeypatch: pytest.MonkeyPatch, narrow: DalleEncoder, real_views: Tensor
 ) -> None:
-    """And no more frames at once than `PIECE` allows; equal but for ties, since a library may add in another order."""
-    made, seen = tokenizer(narrow), []
+    """No more frames at once than `PIECE` allows; native by group, so that the last ones see many.
+
+    Equal but for ties, since a library may add in another order.
+    """
+    made, seen = tokenizer(narrow, impl=impl), []
     whole = made.encode(real_views)
-    features = made.features
+    stage = made.encoder._stage
 
-    def record(pixels: Tensor) -> Tensor:
-        seen.append(len(pixels))
-        return features(pixels)
+    def record(g: int, group: nn.Module, x: Tensor) -> Tensor:
+        seen.append((g, len(x)))
+        return stage(g, group, x)
 
-    made._features = record
+    monkeypatch.setattr(made.encoder, "_stage", record)
     monkeypatch.setitem(frozen.PIECE, "cpu", 3 * 32 * 112 * 112 * 4 + 5)
     pieces = made.encode(real_views)
-    assert seen == [3, 1]
+    if made.native:
+        assert seen == [(0, 3), (0, 1), (1, 4), (2, 4), (3, 4)]
+    else:
+        assert seen == [(g, frames) for frames in (3, 1) for g in range(4)]
     weight, bias = made.tail
     logits = torch.addmm(bias, made.rows(real_views), weight.T)
     gap = logits.amax(1) - logits.gather(1, pieces.view(-1, 1))[:, 0]

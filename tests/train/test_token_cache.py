@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import TORCHRUN, torchrun
 from test_resume import same_weights
 from test_step import WORLD, Counting, Waits, trainer
-from tiny import changed, command, figures, train_rows
+from tiny import TORCHRUN, changed, command, figures, output, train_rows
 from torch import Tensor
 
 from bevt import tokenizers
@@ -244,7 +243,7 @@ def test_two_ranks_fill_one_cache(fixed: Config, plain: Path, tmp_path: Path) ->
     """Both make, write and read the same files; a run of one process finds all of their codes in its first steps."""
     config = cached(fixed, tmp_path / "codes")
     two = changed(config, train={"clips": 4, "images": 8, "micro_clips": 1, "micro_images": 2})
-    torchrun(command(two, tmp_path / "two", python=TORCHRUN))
+    output(command(two, tmp_path / "two", python=TORCHRUN))
     assert shares(tmp_path / "two")[-1] > 0.5
     pretrain(config, tmp_path / "one", quiet=True)
     assert min(shares(tmp_path / "one")) > 0.5

@@ -1,19 +1,20 @@
 // argmax of x W^T + b over the rows of W, one row of x at a time, without the (M, V) products.
 //
-// Row blocks are shared out among threads; a thread multiplies its block by one block of W at a time with the library's
-// matrix product (single-threaded there) into a scratch tile that stays in its L2 cache, and folds the tile into each
-// row's running maximum. Letters: M rows, C channels, V classes.
+// Row blocks are shared out among threads; a thread multiplies its block by one block of W at a time into a scratch
+// tile that stays in its L2 cache, and folds the tile into each row's running maximum. Letters: M rows, C channels, V
+// classes.
 
 #include "linear_argmax.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>
+
+#include "product.h"
 
 // The loops below are compiled for several instruction sets and chosen when the library is loaded, so that one build
 // serves every x86-64 machine.
@@ -26,9 +27,9 @@
 namespace bevt_kernels {
 namespace {
 
-// A tile is 128 x 512 float32 = 256 KB. Narrower or shorter tiles slow the product down; longer ones leave L2.
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kTileClasses = 512;
+// A tile is 256 x 256 float32 = 256 KB. Shorter ones copy the weight more often, larger ones leave L2.
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileClasses = 256;
 
 struct Best {
   float value = -std::numeric_limits<float>::infinity();
@@ -82,10 +83,12 @@ void fold(const float* products, const float* bias, int64_t n, int64_t offset, B
   best = {tile.value, offset + j, tile.nan};
 }
 
-// `tensor` in float32: itself, or written to `scratch`, whose leading rows are used.
+// Whether rows of `tensor` are float32 and adjacent numbers, as products read them.
+bool readable(const at::Tensor& tensor) { return tensor.scalar_type() == at::kFloat && tensor.stride(1) == 1; }
+
+// `tensor` so: itself, or written to `scratch`, whose leading rows are used.
 at::Tensor as_float(const at::Tensor& tensor, const at::Tensor& scratch) {
-  if (tensor.scalar_type() == at::kFloat) return tensor;
-  return scratch.narrow(0, 0, tensor.size(0)).copy_(tensor);
+  return readable(tensor) ? tensor : scratch.narrow(0, 0, tensor.size(0)).copy_(tensor);
 }
 
 }  // namespace
@@ -106,10 +109,9 @@ at::Tensor linear_argmax(const at::Tensor& x, const at::Tensor& weight, const at
     const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread starts without the caller's dispatch state
     const auto options = x.options().dtype(at::kFloat);
     const at::Tensor tile = at::empty({tile_rows * tile_classes}, options);
-    const at::Tensor x_scratch =
-        x.scalar_type() == at::kFloat ? at::Tensor() : at::empty({tile_rows, channels}, options);
-    const at::Tensor weight_scratch =
-        weight.scalar_type() == at::kFloat ? at::Tensor() : at::empty({tile_classes, channels}, options);
+    float* products = tile.mutable_data_ptr<float>();
+    const at::Tensor x_scratch = readable(x) ? at::Tensor() : at::empty({tile_rows, channels}, options);
+    const at::Tensor weight_scratch = readable(weight) ? at::Tensor() : at::empty({tile_classes, channels}, options);
     std::vector<Best> best(tile_rows);
 
     for (int64_t block = first; block < last; ++block) {
@@ -118,10 +120,21 @@ at::Tensor linear_argmax(const at::Tensor& x, const at::Tensor& weight, const at
       std::fill(best.begin(), best.end(), Best());
       for (int64_t offset = 0; offset < classes; offset += tile_classes) {
         const int64_t n = std::min(tile_classes, classes - offset);
-        at::Tensor products = tile.narrow(0, 0, m * n).view({m, n});
-        at::mm_out(products, x_block, as_float(weight.narrow(0, offset, n), weight_scratch).t());
-        const float* data = products.const_data_ptr<float>();
-        for (int64_t i = 0; i < m; ++i) fold(data + i * n, bias_data + offset, n, offset, best[i]);
+        const at::Tensor weight_block = as_float(weight.narrow(0, offset, n), weight_scratch);
+        multiply_alone({.rows = m,
+                        .columns = n,
+                        .depth = channels,
+                        .left = x_block.const_data_ptr<float>(),
+                        .left_row = x_block.stride(0),
+                        .left_depth = 1,
+                        .right = weight_block.const_data_ptr<float>(),
+                        .right_depth = 1,
+                        .right_column = weight_block.stride(0),
+                        .bias = nullptr,
+                        .target = products,
+                        .target_row = n,
+                        .add = false});
+        for (int64_t i = 0; i < m; ++i) fold(products + i * n, bias_data + offset, n, offset, best[i]);
       }
       for (int64_t i = 0; i < m; ++i) codes_data[row + i] = best[i].index;
     }

@@ -1,4 +1,4 @@
-// Loss, accuracy and gradients of a linear layer with cross-entropy, a chunk of used slots at a time: three library
+// Loss, accuracy and gradients of a linear layer with cross-entropy, a chunk of used slots at a time: three
 // products with one pass over the logits between them. The mathematics is in
 // bevt_kernels/masked_linear_cross_entropy/README.md. Letters as there: M rows, C channels, V classes, K slots.
 
@@ -7,11 +7,9 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -21,6 +19,7 @@
 
 #include "instructions.h"
 #include "masked_linear_cross_entropy_kernel.h"
+#include "product.h"
 
 namespace bevt_kernels {
 namespace {
@@ -29,11 +28,8 @@ namespace {
 constexpr int64_t kLeastSlots = 16, kMostSlots = 768;
 // Bytes that any problem may take: an eighth of the logits of few classes is little, and each chunk packs the weight.
 constexpr int64_t kLeastScratch = 4 << 20;
-// Classes in a product that gives logits: with all at once products of few rows take 10 % longer. Also classes of the
-// weight that are converted at a time, 1 MB for 1024 channels.
-constexpr int64_t kClassBlock = 256;
-// Channels in a product that gives gradients of hidden; columns that are divided at a time; the unit of all blocks.
-constexpr int64_t kChannelBlock = 512, kColumnBlock = 256, kBlockUnit = 64;
+// Classes of the weight that are converted at a time, 1 MB for 1024 channels; columns that are divided at a time.
+constexpr int64_t kClassBlock = 256, kColumnBlock = 256;
 
 const MaskedLinearCrossEntropyKernels& kernels() {
   static const MaskedLinearCrossEntropyKernels& chosen = BEVT_CHOOSE(masked_linear_cross_entropy);
@@ -64,34 +60,28 @@ std::vector<Slot> used_slots(const at::Tensor& targets, const at::Tensor& index,
   return used;
 }
 
-// target = a b, or, unless it is the first of a sum, target += a b.
-void add_product(at::Tensor target, const at::Tensor& a, const at::Tensor& b, bool first) {
-  if (first) {
-    at::mm_out(target, a, b);
-  } else {
-    at::addmm_out(target, target, a, b);
-  }
+// target = a b, or target += a b. Rows of `target` are adjacent numbers; a and b have a stride of 1.
+void product(const at::Tensor& target, const at::Tensor& a, const at::Tensor& b, bool add) {
+  multiply({.rows = a.size(0),
+            .columns = b.size(1),
+            .depth = a.size(1),
+            .left = a.const_data_ptr<float>(),
+            .left_row = a.stride(0),
+            .left_depth = a.stride(1),
+            .right = b.const_data_ptr<float>(),
+            .right_depth = b.stride(0),
+            .right_column = b.stride(1),
+            .bias = nullptr,
+            .target = target.mutable_data_ptr<float>(),
+            .target_row = target.stride(0),
+            .add = add});
 }
 
-// Calls body(first, n) for blocks of at most `most` of `size` columns, shared out among threads. The library's own way
-// with its threads takes a third longer for few rows and a sum over 8192 classes (LOG.md).
-template <class Body>
-void for_column_blocks(int64_t size, int64_t most, const Body& body) {
-  const int64_t share = (size + at::get_num_threads() - 1) / at::get_num_threads();
-  const int64_t block = std::clamp((share + kBlockUnit - 1) / kBlockUnit * kBlockUnit, kBlockUnit, most);
-  at::parallel_for(0, (size + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread starts without the caller's dispatch state
-    for (int64_t first = begin * block; first < std::min(end * block, size); first += block) {
-      body(first, std::min(block, size - first));
-    }
-  });
-}
-
-// A weight in float32, converted some classes at a time where the library could not take it as it is.
+// A weight in float32, converted some classes at a time where products could not read it as it is.
 class Weight {
  public:
   explicit Weight(const at::Tensor& weight) : weight_(weight) {
-    if (weight.scalar_type() == at::kFloat && (weight.is_contiguous() || weight.t().is_contiguous())) return;
+    if (weight.scalar_type() == at::kFloat && (weight.stride(0) == 1 || weight.stride(1) == 1)) return;
     scratch_ = at::empty({std::min(kClassBlock, weight.size(0)), weight.size(1)}, weight.options().dtype(at::kFloat));
   }
 
@@ -99,32 +89,23 @@ class Weight {
 
   // z = x weight^T.
   void logits(const at::Tensor& x, const at::Tensor& z) const {
-    const auto multiply = [&](int64_t first, const at::Tensor& block) {
-      at::Tensor products = z.narrow(1, first, block.size(0));
-      at::mm_out(products, x, block.t());
-    };
-    if (scratch_.defined()) return for_blocks(multiply);
-    for_column_blocks(weight_.size(0), kClassBlock,
-                      [&](int64_t first, int64_t n) { multiply(first, weight_.narrow(0, first, n)); });
+    for_blocks([&](int64_t first, const at::Tensor& block) {
+      product(z.narrow(1, first, block.size(0)), x, block.t(), false);
+    });
   }
 
   // target = dz weight.
   void gradient(const at::Tensor& dz, const at::Tensor& target) const {
-    if (scratch_.defined()) {
-      return for_blocks([&](int64_t first, const at::Tensor& block) {
-        add_product(target, dz.narrow(1, first, block.size(0)), block, first == 0);
-      });
-    }
-    for_column_blocks(weight_.size(1), kChannelBlock, [&](int64_t first, int64_t n) {
-      at::Tensor products = target.narrow(1, first, n);
-      at::mm_out(products, dz, weight_.narrow(1, first, n));
+    for_blocks([&](int64_t first, const at::Tensor& block) {
+      product(target, dz.narrow(1, first, block.size(0)), block, first > 0);
     });
   }
 
  private:
-  // Calls body(first class, (n, C)) with converted classes, in order.
+  // Calls body(first class, (n, C)) with all classes, or with converted ones, in order.
   template <class Body>
   void for_blocks(const Body& body) const {
+    if (!scratch_.defined()) return body(0, weight_);
     const int64_t classes = weight_.size(0);
     for (int64_t first = 0; first < classes; first += kClassBlock) {
       const int64_t n = std::min(kClassBlock, classes - first);
@@ -167,10 +148,13 @@ void exponentials(const at::Tensor& z, const at::Tensor& bias, const Slot* slots
 
 // Divides each row of z by its sum of exponentials, and adds the rows to `totals`.
 void divide(const at::Tensor& z, const std::vector<float>& sums, std::vector<double>& totals) {
-  const int64_t rows = z.size(0), stride = z.stride(0);
+  const int64_t rows = z.size(0), stride = z.stride(0), columns = totals.size();
   float* data = z.mutable_data_ptr<float>();
-  for_column_blocks(stride, kColumnBlock, [&](int64_t first, int64_t n) {
-    kernels().divide(data + first, stride, rows, n, sums.data(), totals.data() + first);
+  at::parallel_for(0, (columns + kColumnBlock - 1) / kColumnBlock, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumnBlock; first < std::min(end * kColumnBlock, columns); first += kColumnBlock) {
+      const int64_t n = std::min(kColumnBlock, columns - first);
+      kernels().divide(data + first, stride, rows, n, sums.data(), totals.data() + first);
+    }
   });
 }
 
@@ -217,7 +201,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_li
 
   const Weight float_weight(weight);
   const at::Tensor float_bias = bias.to(at::kFloat).contiguous();
-  const int64_t stride = (classes + kRowUnit - 1) / kRowUnit * kRowUnit;
+  const int64_t columns = (classes + kRowUnit - 1) / kRowUnit * kRowUnit;
+  const int64_t stride = columns + kRowUnit;  // a power of two would put a column's lines into one set of a cache
   const int64_t chunk =
       chunk_size(used, classes,
                  4 * (stride + channels) + (low ? 2 * channels : 0) + sizeof(Result) + sizeof(float) + sizeof(int64_t),
@@ -226,7 +211,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_li
   const at::Tensor row_scratch = at::empty({chunk}, index.options());
   std::vector<Result> results(chunk);
   std::vector<float> sums(chunk), row_sums(channels);
-  std::vector<double> column_sums(stride);
+  std::vector<double> column_sums(columns);
 
   double loss = 0;
   int64_t correct = 0;
@@ -251,7 +236,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_li
     if (!train_hidden && !train_weight && !train_bias) continue;
 
     divide(z, sums, column_sums);
-    if (train_weight) add_product(grad_weight, z.t(), x, first == 0);
+    if (train_weight) product(grad_weight, z.t(), x, first > 0);
     if (train_hidden) {  // takes the place of x
       float_weight.gradient(z, x);
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, hidden.scalar_type(), "masked_linear_cross_entropy",

@@ -3,8 +3,7 @@
 // This file is compiled once for each instruction set, as vectors.h says: nothing here may have external linkage but
 // the table of functions at the end.
 //
-// All products go through `sum_products`: kRows rows of the left factor, broadcast, times two vectors of columns of the
-// right factor, with the sums in registers. Letters: N tokens of the box, d channels.
+// All products go through `sum_products` (sums.h). Letters: N tokens of the box, d channels.
 //
 // Forward, for tiles of queries: scores with all keys of the box, maximum, exponentials, times v. Backward, for tiles
 // of keys: p and ds with all queries, transposed, so that dk and dv are finished with the tile and dq alone is
@@ -19,15 +18,12 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "sums.h"
 
 namespace bevt_kernels {
 namespace BEVT_INSTRUCTIONS {
 namespace {
 
-// kRows * kWide sums, kWide columns and a broadcast fill the 16 vector registers, or as many as hide the latency of 32.
-constexpr int kRows = kLanes == 16 ? 8 : 6;
-constexpr int kWide = 2;
 // Rows of a tile: a box of up to kOneTile tokens is one tile, else a tile of p or ds is 37 KB for N = 392.
 constexpr int64_t kTileRows = 4 * kRows, kOneTile = 64, kMostRows = (kOneTile + kRows - 1) / kRows * kRows;
 // Products are summed over so many terms and then over these sums: one run over 1024 keys broke the error rule.
@@ -98,38 +94,6 @@ BEVT_INLINE void from_float(float x, Float16& target) {
 template <class T>
 BEVT_INLINE void store(T* target, Vector x) {
   for (int lane = 0; lane < kLanes; ++lane) from_float(x[lane], target[lane]);
-}
-
-// Unrolled, so that the sums stay in registers.
-template <int kVectors, class Body>
-BEVT_INLINE void for_sums(Body body) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) body(r, v);
-  }
-}
-
-template <int kVectors>
-using Sums = Vector[kRows][kVectors];
-
-// The sums over k < depth of left[r][k] * right[k][column]. `right` has row stride `right_stride`; `left` has row
-// stride `left_stride`, or, kTransposed, is indexed [k][r] with that stride of k.
-template <int kVectors, bool kTransposed>
-BEVT_INLINE void sum_products(int64_t depth, const float* left, int64_t left_stride, const float* right,
-                              int64_t right_stride, Sums<kVectors>& sums) {
-  for_sums<kVectors>([&](int r, int v) BEVT_INLINED { sums[r][v] = Vector{}; });
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector column[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) column[v] = load(right + k * right_stride + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vector x = broadcast(kTransposed ? left[k * left_stride + r] : left[r * left_stride + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += x * column[v];
-    }
-  }
 }
 
 // Adds sums to rows of memory, or, at the first block of a depth, writes them.

@@ -1,0 +1,100 @@
+// A linear layer and its gradients: y = x W^T + b, dx = dy W, dW = dy^T x, db = the sum of dy over rows.
+// Letters: M rows (x without its last axis), C channels, N outputs.
+
+#include "linear.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include <vector>
+
+#include "product.h"
+
+namespace bevt_kernels {
+namespace {
+
+// (..., C) as adjacent rows (M, C).
+at::Tensor rows_of(const at::Tensor& x) {
+  int64_t rows = 1;
+  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) rows *= size;
+  return x.contiguous().view({rows, x.size(-1)});
+}
+
+// `weight`, or a copy, with one stride of 1.
+at::Tensor dense(const at::Tensor& weight) {
+  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
+}
+
+}  // namespace
+
+at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor rows = rows_of(x), w = dense(weight);
+  const at::Tensor b = bias.has_value() ? bias->contiguous() : at::Tensor();
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = w.size(0);
+  const at::Tensor out = at::empty(sizes, x.options());
+  multiply({.rows = rows.size(0),
+            .columns = w.size(0),
+            .depth = w.size(1),
+            .left = rows.const_data_ptr<float>(),
+            .left_row = rows.size(1),
+            .left_depth = 1,
+            .right = w.const_data_ptr<float>(),
+            .right_depth = w.stride(1),
+            .right_column = w.stride(0),
+            .bias = b.defined() ? b.const_data_ptr<float>() : nullptr,
+            .target = out.mutable_data_ptr<float>(),
+            .target_row = w.size(0),
+            .add = false});
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad_out, const at::Tensor& x,
+                                                               const at::Tensor& weight,
+                                                               std::array<bool, 3> output_mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor grad = rows_of(grad_out);
+  const int64_t rows = grad.size(0), outputs = weight.size(0), channels = weight.size(1);
+  const auto gradient = [&](at::IntArrayRef sizes, bool wanted) {
+    return at::empty(wanted ? sizes : at::IntArrayRef({0}), x.options());
+  };
+  const at::Tensor grad_x = gradient(x.sizes(), output_mask[0]);
+  if (output_mask[0]) {
+    const at::Tensor w = dense(weight);
+    multiply({.rows = rows,
+              .columns = channels,
+              .depth = outputs,
+              .left = grad.const_data_ptr<float>(),
+              .left_row = outputs,
+              .left_depth = 1,
+              .right = w.const_data_ptr<float>(),
+              .right_depth = w.stride(0),
+              .right_column = w.stride(1),
+              .bias = nullptr,
+              .target = grad_x.mutable_data_ptr<float>(),
+              .target_row = channels,
+              .add = false});
+  }
+  const at::Tensor grad_weight = gradient(weight.sizes(), output_mask[1]);
+  if (output_mask[1]) {
+    const at::Tensor x_rows = rows_of(x);
+    multiply({.rows = outputs,
+              .columns = channels,
+              .depth = rows,
+              .left = grad.const_data_ptr<float>(),
+              .left_row = 1,
+              .left_depth = outputs,
+              .right = x_rows.const_data_ptr<float>(),
+              .right_depth = channels,
+              .right_column = 1,
+              .bias = nullptr,
+              .target = grad_weight.mutable_data_ptr<float>(),
+              .target_row = channels,
+              .add = false});
+  }
+  return {grad_x, grad_weight, output_mask[2] ? grad.sum(0) : gradient({0}, false)};
+}
+
+}  // namespace bevt_kernels

@@ -22,6 +22,7 @@ from torch import Tensor
 from bevt.config import Config, UserError
 from bevt.data.batch import BadFile, Batch
 from bevt.train.distributed import World
+from bevt.train.phases import Phases
 from bevt.train.step import StepResult
 
 
@@ -171,6 +172,16 @@ class Meter:
     def start(self) -> None:
         """The time of the first row counts from here."""
         self._start = time.perf_counter()
+
+    @contextmanager
+    def paused(self, phases: Phases) -> Iterator[None]:
+        """What is done here is no step's: its time is in neither the row nor its phases. Waits for the device."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # else steps under way would run in this time
+        start = time.perf_counter()
+        yield
+        phases.mark("")
+        self._start += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
         """The steps of a row that is not written yet, over all processes: a stop must not change what it will say."""

@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -218,7 +218,8 @@ def _train(
         meter.add(step, micro, result)
         display.step(step)
         if profile:
-            profile.step()
+            with meter.paused(train_step.phases) if profile.busy else nullcontext():
+                profile.step()
         bad_files.add(entry for batch in micro for entry in batch.bad)
         checkpointed = step % config.train.checkpoint_every == 0 or step == steps
         # A checkpoint closes a row, so that the rows after it do not depend on whether the run was cut short.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from bevt.config import Config, UserError
 from bevt.data.batch import BadFile, Batch
 from bevt.train.distributed import World
+from bevt.train.phases import Phases
 from bevt.train.step import StepResult
 
 
@@ -29,41 +31,74 @@ class MetricsWriter:
 
     A run that starts from step `start_step` continues the files: rows written after that checkpoint are dropped first,
     so that they read like those of an uninterrupted run.
+
+    Event files are written here, row by row: on a full disk TensorBoard's own writer, a thread, loses what it holds and
+    prints a traceback. All methods raise RunError where the files cannot be written.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            # The row of a step comes before its checkpoint, the evaluation of the last step after it.
-            rows = [row for row in read_rows(self.path) if row["step"] < start_step + (row["event"] == "train")]
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            part.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        with self._explained():
+            if self.path.exists():
+                # The row of a step comes before its checkpoint, the evaluation of the last step after it.
+                rows = [row for row in read_rows(self.path) if row["step"] < start_step + (row["event"] == "train")]
+                part = self.path.with_suffix(".part")
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                part.replace(self.path)
+            self._rows = _Unbuffered(self.path, "a")
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            # TensorBoard knows a file by "tfevents" and reads a folder's in order of their names.
+            self._events = _Unbuffered(folder / "tensorboard" / f"events.out.tfevents.{time.time():.6f}", "x")
+            self._records = RecordWriter(self._events)
+            self._record(file_version="brain.Event:2")
+            self._record(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops from there on
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; it needs `event` and `step`, numbers go to TensorBoard under `event/name`.
+        """One row; it needs `event` and `step`, numbers go to TensorBoard under `event/name`."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        Raises RunError where it cannot be written.
-        """
+        values = [
+            Summary.Value(tag=f"{row['event']}/{name}", simple_value=value)
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name != "step"
+        ]
+        with self._explained():
+            self._rows.write((json.dumps(row) + "\n").encode())
+            self._record(step=row["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        """Close both."""
+        with self._explained(), self._rows, self._events:  # network file systems may tell only now
+            pass
+
+    def _record(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            self._file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(f"{row['event']}/{name}", value, row["step"])
+            yield
         except OSError as error:
             raise RunError(
                 f"cannot write the rows of {self.path.parent}: {error.strerror}; make room or mend the folder, then "
                 "continue with --resume"
             ) from error
 
-    def close(self) -> None:
-        """Flush both."""
-        self._file.close()
-        self._board.close()
+
+class _Unbuffered(FileIO):
+    """A file whose `write` writes all or raises OSError. With a buffer `close` would fail at the same bytes again."""
+
+    def write(self, data: Any) -> int:
+        """Length of `data`."""
+        left = memoryview(data)
+        while left:
+            left = left[super().write(left) :]
+        return len(data)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -137,6 +172,16 @@ class Meter:
     def start(self) -> None:
         """The time of the first row counts from here."""
         self._start = time.perf_counter()
+
+    @contextmanager
+    def paused(self, phases: Phases) -> Iterator[None]:
+        """What is done here is no step's: its time is in neither the row nor its phases. Waits for the device."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # else steps under way would run in this time
+        start = time.perf_counter()
+        yield
+        phases.mark("")
+        self._start += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
         """The steps of a row that is not written yet, over all processes: a stop must not change what it will say."""

@@ -33,7 +33,7 @@ class Phases:
         self._marks = [("", self._now())]
 
     def mark(self, phase: str) -> None:
-        """What was done since the last mark was `phase`."""
+        """What was done since the last mark was `phase`; "": none of a step's."""
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
@@ -42,7 +42,8 @@ class Phases:
             self._marks[-1][1].synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:]):
-            seconds[phase] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            if phase:
+                seconds[phase] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
         return seconds
 
     def _now(self) -> Any:

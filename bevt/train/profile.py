@@ -35,6 +35,11 @@ class Profile:
         )
         self._profile.start()
 
+    @property
+    def busy(self) -> bool:
+        """The next `step` takes time of its own: it warms the profiler up, or starts or ends the recording."""
+        return not self.done and self._profile.step_num + 1 in (WAIT, WAIT + WARM, STEPS)
+
     def step(self) -> None:
         """A step of training has ended."""
         if not self.done:

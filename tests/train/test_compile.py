@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from bevt_kernels import Spec
 from bevt_kernels.baselines.common import compile_reasons
 from stepping import gradients, split, trainer
-from tiny import changed, figures
+from tiny import TORCHRUN, changed, command, figures, output, train_rows
 
 from bevt import tokenizers
 from bevt.config import Config, ConfigError
@@ -49,6 +50,71 @@ def test_nothing_is_compiled_again(config: Config, batch: Batch) -> None:
         with torch.no_grad():  # evaluation compiles nothing, whatever the size
             assert batch.images is not None
             model.encode("images", torch.rand(3, 3, 64, 64), torch.zeros(3, 4, 4, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def joint(config: Config) -> Config:
+    """Four steps in four micro-batches of one process, or in two of each of two.
+
+    A micro-batch has the shapes of `test_nothing_is_compiled_again`: what that compiled is found on disk.
+    """
+    return changed(
+        config,
+        model={"drop_path": 0.5},
+        optim={"max_steps": 4},
+        train={"clips": 8, "images": 16, "micro_clips": 2, "micro_images": 4, "threads": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(joint: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run by one process, not compiled."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    pretrain(joint, out, quiet=True)
+    return out
+
+
+COUNTING = """
+import sys
+
+from torch._dynamo.utils import counters
+
+from bevt.cli import main
+from bevt.train.metrics import Meter
+
+add = Meter.add
+
+
+def counting(self, step, *rest):
+    sys.stdout.write(f"process {self.world.rank}, step {step}: {counters['stats']['unique_graphs']} graphs\\n")
+    add(self, step, *rest)
+
+
+if __name__ == "__main__":  # not in processes that decode
+    Meter.add = counting
+    main(sys.argv[3:])  # behind "-m bevt"
+"""
+"""`bevt`, each process of which tells after every step how many graphs it has compiled since it began."""
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(joint: Config, alone: Path, tmp_path: Path, parallel: str) -> None:
+    """Compiled in their first step and never again; the figures of the plain run, up to float32's rounding."""
+    script, out = tmp_path / "counting.py", tmp_path / "two"
+    script.write_text(COUNTING)
+    config = changed(joint, train={"compile": "yes", "parallel": parallel})
+    printed = output(command(config, out, python=(*TORCHRUN, str(script))), timeout=300)
+    for process in "01":
+        graphs = re.findall(rf"process {process}, step \d: (\d+) graphs", printed)
+        assert len(graphs) == 4, printed
+        assert graphs[0] != "0", f"process {process} has compiled nothing"
+        assert graphs == [graphs[0]] * 4, f"process {process} has compiled after its first step"
+    assert "encoder compiled" in printed
+    for got, wanted in zip(train_rows(out), train_rows(alone), strict=True):
+        for key in ("loss", "loss_clips", "loss_images", "grad_norm"):
+            assert got[key] == pytest.approx(wanted[key], rel=1e-6), (key, got["step"])  # measured: at most 1.1e-7
 
 
 @needs_compiler

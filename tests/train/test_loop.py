@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import changed, figures, same_tensors, train_rows
+from tiny import changed, command, figures, room, same_tensors, train_rows, wait_until
 from torch.distributed.checkpoint import FileSystemWriter
 
+from bevt import cli
 from bevt.config import Config
 from bevt.data import DataError
 from bevt.data.manifest import index
@@ -174,6 +176,42 @@ def test_a_disk_that_fills_up(config: Config, finished: Path, tmp_path: Path, mo
     assert train_rows(tmp_path)[-1]["step"] in (5, 6)
     assert pretrain(config, tmp_path, resume=True, quiet=True).finished
     assert figures(tmp_path) == figures(finished)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"text": 20_000 * "x"}, {f"v{i}": 1 for i in range(1000)}],  # longer than its numbers, or shorter
+    ids=["metrics.jsonl", "tensorboard"],
+)
+def test_a_disk_that_takes_no_more_rows(
+    config: Config,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+) -> None:
+    """In the middle of row 3, of either file: one line says so, and the run goes on from step 2 as if undisturbed."""
+
+    class Full(MetricsWriter):
+        def write(self, given: dict[str, Any]) -> None:
+            if given["step"] == 3:
+                wait_until((tmp_path / "checkpoints" / "last").exists, "no checkpoint of step 2")
+                disk.enter_context(room(15_000))
+                given = {**given, **row}
+            super().write(given)
+
+    with ExitStack() as disk, monkeypatch.context() as patch:
+        patch.setattr("bevt.train.loop.MetricsWriter", Full)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(command(config, tmp_path)[3:])
+    assert capfd.readouterr().err == (
+        f"bevt: cannot write the rows of {tmp_path}: File too large; make room or mend the folder, then continue with "
+        "--resume\n"
+    )
+    assert pretrain(config, tmp_path, resume=True, quiet=True).finished
+    assert figures(tmp_path) == figures(finished)
+    assert_same_scalars(tmp_path)
 
 
 def test_files_that_turn_unreadable(config: Config, tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import changed
+from tiny import changed, train_rows
 
 from bevt.config import Config
 from bevt.train.distributed import World
 from bevt.train.loop import pretrain
 from bevt.train.metrics import Meter
 from bevt.train.phases import PHASES
+from bevt.train.profile import Profile
 from bevt.train.step import StepResult
 
 
@@ -27,6 +30,24 @@ def test_a_profile(config: Config, finished: Path, tmp_path: Path) -> None:
     table = (tmp_path / "profile" / "table.txt").read_text()
     assert "bevt: tokenizer" in table
     assert "Self CPU" in table
+
+
+def test_rows_beside_a_profile(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are of steps alone: those in which the trace is written, after step 8 of the third row, are in none."""
+    write, seconds = Profile._write, 2.0
+
+    def slow(self: Profile, *recorded: Any) -> None:
+        write(self, *recorded)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(Profile, "_write", slow)
+    slower = changed(config, optim={"max_steps": 9}, train={"log_every": 3, "checkpoint_every": 100})
+    pretrain(slower, tmp_path, quiet=True, profile=True)
+    rows = train_rows(tmp_path)
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    for row in rows:
+        assert 3 * row["step_seconds"] < seconds
+        assert 0.5 * row["step_seconds"] < sum(row[f"{phase}_seconds"] for phase in PHASES) < 1.01 * row["step_seconds"]
 
 
 def test_a_profile_of_a_short_run(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,8 +101,8 @@ IMAGE = (1, 7, 7)
 LONG = (16, 7, 7)
 
 WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS = (
-    f"tests/kernels/test_{op}*.py"
-    for op in ("window_attention", "masked_linear_cross_entropy", "linear_argmax", "linear", "conv3x3")
+    f"tests/kernels/test_{op}.py"
+    for op in ("window_attention*", "masked_linear_cross_entropy*", "linear_argmax", "linear", "conv3x3")
 )
 
 CLIP = LossCase(rows=3136, channels=1024, classes=8192, slots=1568, used=1176)
@@ -125,7 +125,8 @@ OPS = {
         (WINDOW_TESTS,),
     ),
     "video_swin_step": Op(
-        {"swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8})}, (WINDOW_TESTS,)
+        {"swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8})},
+        (WINDOW_TESTS, LINEAR_TESTS),
     ),
     "masked_linear_cross_entropy": Op(
         {
@@ -173,7 +174,7 @@ OPS = {
     "masked_head": Op(
         # Two clips: their masks cover 0.372 of the positions, the recipe's 0.375 on average (one clip's: 0.44).
         {"swin-b": Entry("swin-b", HeadCase(1, "base"), {"cpu": 2, "cuda": 8})},
-        (LOSS_TESTS,),
+        (LOSS_TESTS, LINEAR_TESTS),
     ),
     "pretrain_step": Op(
         {

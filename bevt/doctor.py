@@ -56,9 +56,11 @@ def _implementations() -> tuple[str, str]:
     from bevt_kernels import Spec, resolve
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec = Spec(device, torch.float32, True, (8, 7, 7), 32)
-    ops = ("window_attention", "masked_linear_cross_entropy", "linear_argmax", "linear", "conv3x3")
-    return f"\n{'':16}".join(f"{op}: {resolve(op, 'auto', spec)}" for op in ops), ""
+    trained = Spec(device, torch.float32, True, (8, 7, 7), 32)
+    frozen = Spec(device, torch.float32)
+    ops = dict.fromkeys(("window_attention", "masked_linear_cross_entropy", "linear"), trained)
+    ops |= dict.fromkeys(("linear_argmax", "conv3x3"), frozen)
+    return f"\n{'':16}".join(f"{op}: {resolve(op, 'auto', spec)}" for op, spec in ops.items()), ""
 
 
 def _native() -> tuple[str, str]:

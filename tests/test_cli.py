@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from bevt_kernels import native
 
 from bevt import cli
 from bevt.cli import main
@@ -342,6 +343,9 @@ def test_doctor(run: Run) -> None:
     assert status == 0
     for word in ("torch", "native library", "PyAV", "apex", "masked_linear_cross_entropy: "):
         assert word in out
+    if native.loaded() and not torch.cuda.is_available():
+        for op in ("linear", "linear_argmax", "conv3x3"):
+            assert f"{op}: native" in out
 
 
 @pytest.mark.parametrize(

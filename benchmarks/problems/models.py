@@ -176,11 +176,13 @@ class MaskedHead(_Model):
         return forward
 
     def _ours(self, impl: str) -> Forward:
-        def masked(x3: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
-            self.model.implementations["masked_linear_cross_entropy"] = impl
-            return self.model.masked_loss("clips", x3, x4, self.mask, self.codes, self.slots)
+        model = self.plain if impl == "reference" else self.model
 
-        return self._forward(self.model, masked)
+        def masked(x3: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
+            model.implementations["masked_linear_cross_entropy"] = impl
+            return model.masked_loss("clips", x3, x4, self.mask, self.codes, self.slots)
+
+        return self._forward(model, masked)
 
     def _dense(self, x3: Tensor, x4: Tensor) -> tuple[Tensor, Tensor]:
         features = self.plain.norm(self.plain.video_decoder(x3, x4))

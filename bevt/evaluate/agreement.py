@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bevt import tokenizers
-from bevt.config import Config, check_frames
+from bevt.config import Config, check_frames, tokenizer_settings
 from bevt.data import augment
 from bevt.data.build import frame_batches
 from bevt.tokenizers import Tokenizer
@@ -81,7 +81,7 @@ def check_tokenizer(config: Config, frames: int) -> tuple[Agreement, dict[str, s
     check_frames(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = replace(config.tokenizer, impl="reference", precision="float32", compile="no")
-    tested, exact = tokenizers.build(config.tokenizer, device), tokenizers.build(plain, device)
+    tested, exact = tokenizers.build(tokenizer_settings(config), device), tokenizers.build(plain, device)
     with closing(frame_batches(config, FRAMES, config.train.seed)) as batches:
         some = islice(batches, -(-frames // FRAMES))
         views = (augment.tokenizer_view(batch.to(device), config.data.crop // 2) for batch in some)

@@ -159,7 +159,7 @@ class BEVT(nn.Module):
             "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
             "linear": resolve("linear", config.linear_impl, spec),
         }
-        attention_impl, _, linear_impl = (cast(Impl, name) for name in self.implementations.values())
+        attention_impl, linear_impl = (cast(Impl, self.implementations[op]) for op in ("window_attention", "linear"))
         config = replace(config, attention_impl=attention_impl, linear_impl=linear_impl)
         dim = config.embed_dim * 8
         self.vocab_size, self.streams = vocab_size, tuple(streams)

@@ -135,8 +135,6 @@ class DalleTokenizer(FrozenTokenizer):
 
     name = "dalle"
     compiled_on = ("cuda",)
-    native = False
-    """Whether `bevt_kernels.conv3x3` is: on CPUs in float32, unless `config` says "reference" or asks to compile."""
 
     def __init__(self, encoder: DalleEncoder, config: TokenizerConfig = AUTO) -> None:
         super().__init__(encoder, config)
@@ -162,29 +160,37 @@ class DalleTokenizer(FrozenTokenizer):
     def to(self, device: torch.device | str) -> DalleTokenizer:
         """As `FrozenTokenizer.to`."""
         super().to(device)
-        plain = self.config.impl == "reference" or self.implementations["tokenizer"] == "compiled"
-        spec = Spec(torch.device(device).type, self.precision)
-        impl = resolve("conv3x3", "reference" if plain else "auto", spec)
-        self.native = impl == "native"
+        compiled = self.implementations["tokenizer"] == "compiled"
+        self.implementations["conv3x3"] = self.choose_convolutions(torch.device(device).type, compiled=compiled)
+        return self
+
+    def choose_convolutions(self, device: str, *, compiled: bool = False) -> str:
+        """Settle the implementation of the 3x3 convolutions, and return it.
+
+        Native on CPUs in float32, unless `config.impl` is "reference", or they are compiled, with what surrounds them.
+        """
+        plain = compiled or self.config.impl == "reference"
+        impl = resolve("conv3x3", "reference" if plain else "auto", Spec(device, self.precision))
         for block in self.encoder.modules():
             if isinstance(block, Block):
                 block.impl = impl
-                for conv in block.convs[:3] if self.native else ():  # outputs side by side, as the op reads them
+                for conv in block.convs[:3] if impl == "native" else ():  # outputs side by side, as the op reads them
                     weight = conv.get_parameter("weight")
                     weight.data = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-        self.implementations["conv3x3"] = impl
-        return self
-
-    def piece(self, device: str, height: int, width: int) -> int:
-        """As many as the last group takes; the groups before it get smaller pieces of it."""
-        return super().piece(device, height, width) * (8 if self.native else 1)
+        return impl
 
     def metadata(self) -> dict[str, str]:
         return {"format": "bevt-dalle-1"}
 
     @property
+    def native(self) -> bool:
+        """Whether `bevt_kernels.conv3x3` is; it wants many frames in the deep groups (its README)."""
+        return any(isinstance(block, Block) and block.impl == "native" for block in self.encoder.modules())
+
+    @property
     def width(self) -> float:
-        return self.encoder.stem.out_channels
+        """The first group's; or the last group's, as groups before it then get smaller pieces."""
+        return self.encoder.stem.out_channels / (8 if self.native else 1)
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:

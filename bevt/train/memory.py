@@ -21,6 +21,7 @@ from weakref import finalize
 import numpy as np
 import torch
 from bevt_kernels import linear_argmax
+from bevt_kernels.conv3x3 import ops as conv3x3
 from bevt_kernels.window_attention import ops, reference
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bevt import masking
-from bevt.config import Config, ConfigError, plain
+from bevt.config import Config, ConfigError, plain, tokenizer_settings
 from bevt.data import augment
 from bevt.data.sampling import STREAMS
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
@@ -349,7 +350,7 @@ def _loaded(config: Config) -> int:
 
 def tokenizer_of(config: Config) -> FrozenTokenizer:
     """The configuration's tokenizer without data: the published size, or the fitted file's own."""
-    settings = replace(config.tokenizer, compile="no")
+    settings = replace(tokenizer_settings(config), compile="no")
     if settings.kind == "dalle":
         with torch.device("meta"):
             return DalleTokenizer(DalleEncoder(), settings)
@@ -498,6 +499,8 @@ class _Piece:
         """Round the weights, as `FrozenTokenizer.to` does."""
         for p in self.inner.rounded:
             p.data = p.to(self.inner.precision)
+        if isinstance(self.inner, DalleTokenizer):
+            self.inner.choose_convolutions(self.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """As `FrozenTokenizer.encode`."""
@@ -551,6 +554,8 @@ class _Live(TorchDispatchMode):
             self._flop += formula(*args, **(kwargs or {}), out_val=out)
         if func.name() == "bevt_kernels::masked_linear_cross_entropy_forward":
             self._most = max(self._most, self.live + self._loss_scratch(*args))
+        if func.name() == "bevt_kernels::conv3x3":
+            self._most = max(self._most, self.live + conv3x3.native_scratch(args[1], torch.get_num_threads()))
         return out
 
     def _loss_scratch(

@@ -1,5 +1,8 @@
 """The implementations of an op as tests see them: what runs here, in which dtypes, and why not."""
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -41,3 +44,19 @@ else:  # under Triton's interpreter (conftest.py), which gets products of bfloat
     TRITON = TRITON._replace(dtypes=(torch.float32, torch.float16))
 TARGETS = [REFERENCE, NATIVE, TRITON]
 each_dtype = pytest.mark.parametrize(("target", "dtype"), [t.param(dtype) for t in TARGETS for dtype in t.dtypes])
+
+LESSER = ("default", "avx2")
+"""Instruction sets below the best; a test process has chosen the best that its machine has."""
+
+
+def at_instruction_set(capability: str, script: str) -> None:
+    """Run `script`, which may import what lies here, in a process that chooses that set of instructions."""
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if capability == "avx2" and here not in ("avx2", "avx512"):
+        pytest.skip(f"needs a processor with AVX2; this one has {here}")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bevt_kernels import Spec
-from bevt_kernels.baselines import LINEAR, LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
+from bevt_kernels.baselines import CONV3X3, LINEAR, LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
 from bevt_kernels.baselines.window_attention import _flex, _flex_constants
 from bevt_kernels.testing import (
     ArgmaxCase,
+    ConvCase,
     LinearCase,
     LossCase,
     WindowCase,
@@ -169,6 +170,14 @@ def test_argmax_baseline_takes_the_largest(name: str, dtype: torch.dtype) -> Non
     case = ArgmaxCase(200, 64, 513)
     inputs = case.inputs(dtype, device=DEVICE)
     assert_argmax(LINEAR_ARGMAX[name].function(*inputs, case), *inputs)
+
+
+@pytest.mark.parametrize("name", CONV3X3)
+def test_convolution_baseline(name: str) -> None:
+    case = ConvCase(2, 9, 7, 5, 6)
+    inputs = case.inputs(torch.float64)
+    expected = F.conv2d(inputs[0].clamp(min=0), *inputs[1:], padding=1)
+    assert torch.equal(CONV3X3[name].function(*inputs, case), expected)
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -1,8 +1,5 @@
 """linear in C++ against torch's own, which is the specification."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from bevt_kernels import NoImplementation, Spec, linear, native, resolve
 from bevt_kernels.testing import LinearCase, assert_within_budget, random_linear_case
+from targets import LESSER, at_instruction_set
 from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,6 +60,7 @@ def test_random_shapes_are_within_budget(seed: int) -> None:
         LinearCase(392, 768, 3072),
         LinearCase(392, 3072, 768),
         LinearCase(1568, 384, 384, bias=False),
+        LinearCase(20000, 3, 1),
     ],
     ids=str,
 )
@@ -81,9 +80,10 @@ def test_an_element_does_not_depend_on_its_neighbours(set_threads: Callable[[int
     x, weight, bias, grad = inputs
     set_threads(1)
     alone = results(ours, *inputs)
-    set_threads(2)
-    for name, value in results(ours, *inputs).items():
-        assert torch.equal(value, alone[name]), name
+    for threads in (2, 5, 16):  # which cut one side, or both
+        set_threads(threads)
+        for name, value in results(ours, *inputs).items():
+            assert torch.equal(value, alone[name]), (threads, name)
     for rows in (slice(0, 1), slice(3, 690), slice(697, 700)):
         part = results(ours, x[rows], weight, bias, grad[rows])
         assert torch.equal(part["out"], alone["out"][rows])
@@ -194,11 +194,12 @@ def test_auto_and_autocast() -> None:
     for spec in (Spec("cpu", torch.float64), Spec("cpu", torch.bfloat16), Spec("cuda", torch.float32)):
         assert resolve("linear", "auto", spec) == "reference"
     x, weight, bias, _ = LinearCase(9, 3, 7).inputs(torch.float32)
+    without = ours(x, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
         assert linear(x, weight, bias).dtype == torch.bfloat16
-        assert torch.equal(ours(x, weight, bias), linear(x, weight, bias, impl="native"))
-        assert ours(x, weight, bias).dtype == torch.float32
+        assert torch.equal(ours(x, weight, bias), without)
+        assert torch.equal(ours(x.bfloat16(), weight, bias), ours(x.bfloat16().float(), weight, bias))
 
 
 def test_reference_is_torchs() -> None:
@@ -209,16 +210,11 @@ def test_reference_is_torchs() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set(capability: str) -> None:
-    """The one that this process chose is what the other tests are of; the rest run in processes of their own."""
-    script = "import sys, test_linear as t; [t.assert_right(t.random_linear_case(s), 16, s) for s in range(12)]"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+@pytest.mark.parametrize("capability", LESSER)
+def test_lesser_instruction_sets(capability: str) -> None:
+    at_instruction_set(
+        capability, "import test_linear as t; [t.assert_right(t.random_linear_case(s), 16, s) for s in range(12)]"
     )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_what_an_op_does_not_have_is_refused_by_name(offers: dict, monkeypatch: 
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match="no op 'attention'; there are linear_argmax, masked_linear"):
+    with pytest.raises(ValueError, match="no op 'attention'; there are conv3x3, linear, linear_argmax, masked_linear"):
         resolve("attention", "auto", CPU)
     with pytest.raises(ValueError, match="impl must be auto, triton, native, reference; got 'cuda'"):
         resolve("linear_argmax", "cuda", CPU)

@@ -125,6 +125,28 @@ def test_winograds_convolutions(published_size: DalleEncoder, narrow: DalleEncod
         assert_only_near_ties_differ(agreement(made, plain, [views]), 2.0**-24, LEAST)
 
 
+@pytest.mark.skipif(not bevt_kernels.native.loaded(), reason="needs the native library")
+def test_frames_at_a_time() -> None:
+    """At the published size: whole pieces of each group in 20 frames, without a remainder."""
+    with torch.device("meta"):
+        made = DalleTokenizer(DalleEncoder())
+    assert made.piece("cpu", 112, 112) == 2
+    for block in made.encoder.modules():
+        if isinstance(block, Block):
+            block.impl = "native"
+    assert made.piece("cpu", 112, 112) == 20
+    seen: list[tuple[int, int]] = []
+
+    def stage(g: int, group: nn.Module, x: Tensor) -> Tensor:
+        seen.append((g, len(x)))
+        side = 112 >> min(g + 1, 3)
+        return x.new_empty(len(x), 256 << g, side, side)
+
+    made.encoder._stage = stage  # type: ignore[method-assign]
+    made.features(torch.empty(20, 3, 112, 112, device="meta"))
+    assert seen == [(0, 2)] * 10 + [(1, 5)] * 4 + [(2, 10)] * 2 + [(3, 20)]
+
+
 def test_published_size_in_channels_last(published_size: DalleEncoder, real_views: Tensor) -> None:
     """`to` changes the layout; the encoder as made is contiguous."""
     plain = DalleTokenizer(copy.deepcopy(published_size))

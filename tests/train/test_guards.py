@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,26 @@ def test_a_checkpoint_older_than_a_key_has_its_default(config: Config, run: Path
         pretrain(other, run, resume=True, quiet=True)
     assert pretrain(config, run, resume=True, quiet=True).finished
     assert figures(run) == figures(finished)
+
+
+def test_the_reference_path_is_plain_pytorch(config: Config, tmp_path: Path) -> None:
+    """Its tokenizer too; and a key that asks for something else there is refused."""
+    plain = replace(config, path="reference")
+    pretrain(replace(plain, optim=replace(plain.optim, max_steps=1)), tmp_path / "run", quiet=True)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    found = state["implementations"]
+    assert found.pop("decoding") == config.data.backend
+    assert found == {
+        **dict.fromkeys(("window_attention", "masked_linear_cross_entropy", "linear"), "materialised"),
+        **{"linear_argmax": "reference", "tokenizer precision": "float32", "tokenizer": "eager", "encoder": "eager"},
+    }
+    asked = {"tokenizer": {"impl": "native"}, "model": {"linear_impl": "native"}}
+    for part, keys in asked.items():
+        key = next(iter(keys))
+        with pytest.raises(ConfigError, match=rf"{part}.{key} has no meaning with path 'reference'"):
+            pretrain(changed(plain, **{part: keys}), tmp_path / "other", quiet=True)
+    with pytest.raises(ConfigError, match=r"tokenizer.compile has no meaning"):
+        pretrain(changed(plain, tokenizer={"compile": "yes"}), tmp_path / "other", quiet=True)
 
 
 def test_keys_that_may_change(config: Config, run: Path, finished: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False, impl
         bias: (N,), likewise.
         relu: convolve max(x, 0).
         impl: "auto", "reference" (`torch.nn.functional.conv2d`, whatever it takes) or "native" (float32 on a CPU, no
-            gradient); see `bevt_kernels.resolve`.
+            gradient); see `bevt_kernels.resolve`. Under autocast "auto" is what can serve autocast's dtype, and native
+            computes in float32.
 
     Returns:
         (M, N, H, W); native: channels-last. Native is Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308): a
-        quarter of the products, and rounding errors about four times those of a direct convolution (README.md).
+        quarter of the products, and larger rounding errors than a direct convolution's (README.md has figures).
         NaN and infinity spread over their tile of 4x4 outputs.
 
     Raises:
@@ -37,11 +38,18 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False, impl
         f"x must be (M, C, H, W) and weight (N, C, 3, 3), got {tuple(x.shape)} and {tuple(weight.shape)}",
     )
     require(
+        min(*x.shape[1:], len(weight)) > 0,
+        f"all axes but the batch must be above 0, got x {tuple(x.shape)} and weight {tuple(weight.shape)}",
+    )
+    require(
         tuple(bias.shape) == (weight.shape[0],),
         f"bias must be ({weight.shape[0]},), one number a row of weight, got {tuple(bias.shape)}",
     )
+    device, dtype = x.device.type, x.dtype
+    if impl == "auto" and device == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    name = resolve("conv3x3", impl, Spec(x.device.type, x.dtype, needs_grad))
+    name = resolve("conv3x3", impl, Spec(device, dtype, needs_grad))
     if name == "reference":
         return reference.conv3x3(x, weight, bias, relu)
     for what, tensor in (("weight", weight), ("bias", bias)):

@@ -45,6 +45,13 @@ def _flops(x: Sequence[int], weight: Sequence[int], bias: Sequence[int], relu: b
     return 2 * math.prod(weight) * x[0] * x[2] * x[3]
 
 
+def native_scratch(weight: Tensor, threads: int) -> int:
+    """Bytes that native takes beside its output: the transformed weight, and each thread's tiles (conv3x3.cpp)."""
+    outputs, channels = weight.shape[:2]
+    outputs = min(outputs, max(1, (20 << 20) // (36 * 4 * max(1, channels)) // 32) * 32)
+    return 36 * 4 * (channels * outputs + threads * 48 * (min(channels, 256) + outputs))
+
+
 op = define(
     "conv3x3",
     "(Tensor x, Tensor weight, Tensor bias, bool relu, str impl) -> Tensor",

@@ -1,1 +1,1 @@
-"""A linear layer on CPUs."""
+"""A linear layer on CPUs; how it multiplies is in README.md."""

@@ -22,9 +22,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
             `bevt_kernels.resolve`. Under autocast "auto" is what can serve autocast's dtype.
 
     Returns:
-        (..., N). Native: once differentiable, in float32 also under autocast. An element is the same to the last bit
-        for any number of rows around it and any number of threads, and so is its gradient in x; weight and bias have
-        gradients that are the same for any number of threads.
+        (..., N). Native: once differentiable; in float32 also under autocast, 16-bit `x` included. An element is the
+        same to the last bit for any number of rows around it and any number of threads, and so is its gradient in `x`;
+        those of the weight and the bias are the same for any number of threads.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit. NoImplementation (a ValueError): `impl` cannot serve.
@@ -41,8 +41,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
             f"bias must be ({weight.shape[0]},), one number a row of weight, got {tuple(bias.shape)}",
         )
     device, dtype = x.device.type, x.dtype
-    if impl == "auto" and device == "cpu" and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if device == "cpu" and torch.is_autocast_enabled("cpu"):
+        if impl == "auto":
+            dtype = torch.get_autocast_dtype("cpu")
+        elif impl == "native" and dtype.itemsize == 2:
+            x, dtype = x.float(), torch.float32
     name = resolve("linear", impl, Spec(device, dtype))
     if name == "reference":
         return reference.linear(x, weight, bias)

@@ -29,7 +29,9 @@ class Linear(torch.autograd.Function):
         refuse_second_derivative("linear")
         x, weight = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        found = ops.backward(grads[0], grads[0].new_empty(ctx.shape) if x is None else x, weight, wanted, ctx.impl)
+        found = ops.backward(
+            grads[0], grads[0].new_empty(()).expand(ctx.shape) if x is None else x, weight, wanted, ctx.impl
+        )
         return *(grad if want else None for grad, want in zip(found, wanted)), None
 
 

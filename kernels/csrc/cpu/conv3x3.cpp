@@ -18,9 +18,9 @@ namespace bevt_kernels {
 namespace {
 
 // Outputs at a time: as many as have a transformed weight that stays in the L3 cache, and a multiple of all panels.
-constexpr int64_t kMostWeight = 20 << 20, kPoints = 36, kOutputUnit = 32;
+constexpr int64_t kMostWeight = 20 << 20, kOutputUnit = 32;
 // Tiles and channels at a time: transformed inputs of 1.8 MB.
-constexpr int64_t kMostTiles = 48, kMostChannels = 256, kTile = 4;
+constexpr int64_t kMostTiles = 48, kMostChannels = 256;
 
 const Conv3x3Kernels& kernels() {
   static const Conv3x3Kernels& chosen = BEVT_CHOOSE(conv3x3);

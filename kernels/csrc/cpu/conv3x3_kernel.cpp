@@ -12,13 +12,7 @@ namespace bevt_kernels {
 namespace BEVT_INSTRUCTIONS {
 namespace {
 
-constexpr int kSide = 6, kPoints = kSide * kSide, kOut = 4;
-constexpr int kColumns = kWide * kLanes;
-constexpr int64_t kBlock = 64;  // terms of a sum in registers, as in product_kernel.cpp
-
-BEVT_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-
-BEVT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int kSide = 6, kOut = kTile;
 
 // G, B^T and A^T by one axis: of 3, 6 and 6 numbers that lie `stride` apart.
 BEVT_INLINE void transform_kernel(const Vector* g, int stride, Vector* u) {

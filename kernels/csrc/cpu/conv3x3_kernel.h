@@ -8,6 +8,7 @@
 namespace bevt_kernels {
 
 constexpr int64_t kChannelUnit = 16;
+constexpr int64_t kTile = 4, kPoints = 36;  // a tile's side; products of a tile for a channel in and out
 
 struct Conv3x3 {
   int64_t height, width;                // H, W

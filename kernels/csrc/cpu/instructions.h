@@ -7,6 +7,13 @@
 
 #include <string>
 
+// For a plain loop: compiled for several instruction sets, one of which is chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
+#define BEVT_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define BEVT_VECTORISED
+#endif
+
 namespace bevt_kernels {
 
 enum class Instructions { kBaseline, kAvx2, kAvx512 };

@@ -14,15 +14,8 @@
 #include <limits>
 #include <vector>
 
+#include "instructions.h"
 #include "product.h"
-
-// The loops below are compiled for several instruction sets and chosen when the library is loaded, so that one build
-// serves every x86-64 machine.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
-#define BEVT_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define BEVT_VECTORISED
-#endif
 
 namespace bevt_kernels {
 namespace {

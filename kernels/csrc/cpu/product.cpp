@@ -12,9 +12,11 @@ namespace bevt_kernels {
 namespace {
 
 // Multiples of both kernels' tiles of rows (6 and 8) and of columns (16 and 32).
-constexpr int64_t kRowUnit = 24, kColumnUnit = 32;
+constexpr int64_t kTileRows = 24, kTileColumns = 32;
 // Rows that meet a panel of the right factor before the next is copied: a copy is 2 % of 1008 rows' arithmetic.
 constexpr int64_t kMostRows = 1008;
+
+int64_t parts(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 }  // namespace
 
@@ -24,26 +26,30 @@ void multiply_alone(const Product& product) {
 }
 
 void multiply(const Product& product) {
-  if (product.rows == 0 || product.columns == 0) return;
-  RECORD_FUNCTION("bevt_kernels::product", std::vector<c10::IValue>({product.rows, product.columns, product.depth}));
-  const bool by_rows = product.rows >= product.columns;
-  const int64_t size = by_rows ? product.rows : product.columns;
-  const int64_t block = by_rows ? block_size(size, kRowUnit, kMostRows)
-                                : block_size(size, kColumnUnit, (size + kColumnUnit - 1) / kColumnUnit * kColumnUnit);
-  at::parallel_for(0, (size + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * block; first < std::min(end * block, size); first += block) {
-      const int64_t n = std::min(block, size - first);
+  const int64_t rows = product.rows, columns = product.columns;
+  if (rows == 0 || columns == 0) return;
+  RECORD_FUNCTION("bevt_kernels::product", std::vector<c10::IValue>({rows, columns, product.depth}));
+  // The longer side is cut, and the other one where that does not give every thread a part.
+  const int64_t threads = at::get_num_threads();
+  int64_t row_block, column_block;
+  if (rows >= columns) {
+    row_block = block_size(rows, kTileRows, kMostRows);
+    column_block = share(columns, std::max<int64_t>(threads / parts(rows, row_block), 1), kTileColumns);
+  } else {
+    column_block = share(columns, threads, kTileColumns);
+    row_block = share(rows, std::max<int64_t>(threads / parts(columns, column_block), 1), kTileRows);
+  }
+  const int64_t across = parts(columns, column_block);
+  at::parallel_for(0, parts(rows, row_block) * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * row_block, column = i % across * column_block;
       Product part = product;
-      if (by_rows) {
-        part.rows = n;
-        part.left += first * product.left_row;
-        part.target += first * product.target_row;
-      } else {
-        part.columns = n;
-        part.right += first * product.right_column;
-        part.target += first;
-        if (product.bias != nullptr) part.bias += first;
-      }
+      part.rows = std::min(row_block, rows - row);
+      part.columns = std::min(column_block, columns - column);
+      part.left += row * product.left_row;
+      part.right += column * product.right_column;
+      part.target += row * product.target_row + column;
+      if (product.bias != nullptr) part.bias += column;
       multiply_alone(part);
     }
   });

@@ -1,7 +1,7 @@
 // Matrix products of float32 for the ops in this library.
 //
-// Not the library's: MKL, which torch's CPU builds multiply with, takes AVX2 on AMD processors that have AVX-512, half
-// of what they can do (LOG.md).
+// Not torch's: its CPU builds multiply with MKL, which takes AVX2 on AMD processors that have AVX-512
+// (bevt_kernels/linear/README.md).
 
 #pragma once
 

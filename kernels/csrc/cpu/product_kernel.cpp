@@ -12,10 +12,7 @@ namespace bevt_kernels {
 namespace BEVT_INSTRUCTIONS {
 namespace {
 
-constexpr int kColumns = kWide * kLanes;
-constexpr int64_t kDepth = 256, kBlock = 64;
-
-BEVT_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t kDepth = 256;
 
 // The lanes of a and b in turns: those of the lower halves, and of the upper ones.
 BEVT_INLINE void interleave(Vector a, Vector b, Vector& lower, Vector& upper) {

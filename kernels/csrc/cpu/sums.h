@@ -12,6 +12,9 @@ namespace {
 // kRows * kWide sums, kWide columns and a broadcast fill the 16 vector registers, or as many as hide the latency of 32.
 constexpr int kRows = kLanes == 16 ? 8 : 6;
 constexpr int kWide = 2;
+constexpr int kColumns = kWide * kLanes;
+// Products are summed over so many terms and then over these sums: one run over 1024 terms broke the error rule.
+constexpr int64_t kBlock = 64;
 
 // Unrolled, so that the sums stay in registers.
 template <int kVectors, class Body>

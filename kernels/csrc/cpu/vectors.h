@@ -29,6 +29,10 @@ constexpr float kLog2E = 1.44269504088896341f;
 #define BEVT_INLINED __attribute__((always_inline))
 #define BEVT_INLINE BEVT_INLINED inline
 
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+BEVT_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
 using Vector = float __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Mask = int32_t __attribute__((vector_size(4 * kLanes)));

@@ -26,13 +26,6 @@ namespace {
 
 // Rows of a tile: a box of up to kOneTile tokens is one tile, else a tile of p or ds is 37 KB for N = 392.
 constexpr int64_t kTileRows = 4 * kRows, kOneTile = 64, kMostRows = (kOneTile + kRows - 1) / kRows * kRows;
-// Products are summed over so many terms and then over these sums: one run over 1024 keys broke the error rule.
-constexpr int64_t kBlock = 64;
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-BEVT_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-
 BEVT_INLINE int64_t maximum(int64_t a, int64_t b) { return a < b ? b : a; }
 
 struct BFloat16 {

@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     if args.steps < 1:
         parser.error("--steps must be above 0")
+    if any(word.startswith("--optim.max") for word in [*common, *shlex.split(args.left), *shlex.split(args.right)]):
+        parser.error("--optim.max-steps is given by --steps")
     sides = []
     with tempfile.TemporaryDirectory() as folder:
         for side in ("left", "right"):

@@ -204,7 +204,7 @@ class TrainConfig:
     """Lambda: weight of the video stream's loss against the image stream's."""
     precision: Literal["float64", "float32", "bfloat16"] = "bfloat16"
     """Type of the matrix products. `bfloat16` is autocast's: parameters, norms and losses stay float32. `float64`, for
-    checking numerics, is of everything, with plain PyTorch in place of the kernels."""
+    checking numerics, is the model's, with plain PyTorch for its kernels; the tokenizer has a key of its own."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether torch.compile fuses what surrounds the kernels. `auto`: yes on CUDA, else no."""
     cuda_graphs: bool = False
@@ -335,6 +335,13 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
             )
+    side, (_, wh, ww) = d.crop // 32, m.window_size  # stage 4's map; the others are 2, 4 and 8 times as large
+    if m.quirks == "official" and t.images and (side % wh or side % ww):
+        raise ConfigError(
+            f"model.quirks 'official' cannot run images of data.crop {d.crop}: stage 4's map of {side}x{side} tokens "
+            f"must be a multiple of model.window_size {wh}x{ww}, which the official code never pads or clips (224 for "
+            "7x7); set quirks to 'clean'"
+        )
     if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
     for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):

@@ -26,6 +26,17 @@ def test_recipes_run_once_data_is_named(name: str) -> None:
     check(replace(config, data=replace(config.data, clips="videos", images="images")))
 
 
+def test_official_quirks_need_whole_windows() -> None:
+    config = RECIPES["joint_stage"]()
+    named = replace(config, data=replace(config.data, clips="videos", images="images"))
+    official = replace(named, model=replace(named.model, quirks="official"))
+    check(official)
+    small = replace(official, data=replace(official.data, crop=256))
+    with pytest.raises(ConfigError, match=r"model.quirks 'official' cannot run images of data.crop 256: .*map of 8x8"):
+        check(small)
+    check(replace(small, train=replace(small.train, images=0)))
+
+
 def test_joint_stage_is_the_official_configuration() -> None:
     """`swin_base_patch244_window877_bevt_in1k_k400.py` at 8881b21, and the table of the paper's appendix."""
     c = RECIPES["joint_stage"]()

@@ -131,6 +131,11 @@ def _train(
         cache = TokenCache.open(config, tokenizer, digest, world.device, views)
         stack.callback(cache.close)
     steps = total_steps(config.optim, loader.steps_per_epoch)
+    if profiled and steps - start < STEPS:
+        raise RunError(
+            f"--profile takes {STEPS} steps, and this run has {max(steps - start, 0)} left: leave it out, or start a "
+            "new run with a larger optim.max_steps"
+        )
     display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
     stack.callback(display.close)
     torch.manual_seed(config.train.seed)
@@ -240,8 +245,9 @@ def _train(
     checkpoints.wait()
     last = checkpoints.newest
     if profile:
-        done = f"profile: {profile.folder}" if profile.done else f"--profile recorded nothing: it takes {STEPS} steps"
-        display.note(done)
+        display.note(
+            f"profile: {profile.folder}" if profile.done else "--profile recorded nothing: the run was stopped"
+        )
     loader.close()
     stop.end()
     if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them

@@ -48,12 +48,12 @@ def status() -> str:
     return _status
 
 
-def reasons(spec: Spec) -> list[str]:
+def reasons(spec: Spec, *, only_float32: bool = False) -> list[str]:
     """For `select`: why the library's ops cannot serve; empty where they can."""
     found = [] if _loaded else [f"native library: {_status}"]
     if spec.device != "cpu":
         found.append(f"serves the CPU, not {spec.device}")
-    return found + float32_reasons(spec)
+    return found + float32_reasons(spec, only=only_float32)
 
 
 def require(op: str) -> None:

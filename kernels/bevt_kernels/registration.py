@@ -92,6 +92,20 @@ def require_tensors(**tensors: object) -> None:
             raise ValueError(f"{name} must be dense, got layout {tensor.layout}: call to_dense() first")
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this type of device; None where it is off."""
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def require_same_dtype(**tensors: Tensor) -> None:
+    """Raise ValueError, naming the tensor, where one has another dtype than the first."""
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
+        require(tensor.dtype == x.dtype, f"{name} must be {x.dtype}, as {first}, got {tensor.dtype}")
+
+
 def require_same_device(**tensors: Tensor) -> None:
     """Raise ValueError, naming each tensor's device, where they are not all on one."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}

@@ -123,11 +123,11 @@ def triton_reasons(spec: Spec) -> list[str]:
     return reasons
 
 
-def float32_reasons(spec: Spec) -> list[str]:
-    """Of kernels whose arithmetic is float32: the dtype."""
-    if spec.dtype in (torch.float32, torch.bfloat16, torch.float16):
+def float32_reasons(spec: Spec, *, only: bool = False) -> list[str]:
+    """Of kernels whose arithmetic is float32: the dtype, 16-bit ones allowed unless `only`."""
+    if spec.dtype == torch.float32 or (spec.dtype in (torch.bfloat16, torch.float16) and not only):
         return []
-    return [f"takes float32, bfloat16 and float16, not {spec.dtype}"]
+    return [f"takes float32{'' if only else ', bfloat16 and float16'}, not {spec.dtype}"]
 
 
 def float_reasons(spec: Spec) -> list[str]:

@@ -187,7 +187,7 @@ def test_lesser_instruction_sets(capability: str) -> None:
         ({1: [1.0]}, "weight must be a tensor, got list"),
         ({0: torch.zeros(2, 0, 5, 5), 1: torch.zeros(4, 0, 3, 3)}, "all axes but the batch must be above 0"),
         ({2: torch.zeros(3)}, r"bias must be \(4,\)"),
-        ({1: torch.zeros(4, 3, 3, 3, dtype=torch.float64)}, "weight must be float32, as x, got torch.float64"),
+        ({1: torch.zeros(4, 3, 3, 3, dtype=torch.float64)}, "weight must be torch.float32, as x, got torch.float64"),
         ({2: torch.zeros(4, device="meta")}, "bias on meta"),
     ],
 )

@@ -225,8 +225,8 @@ def test_lesser_instruction_sets(capability: str) -> None:
         ({0: [[1.0, 2.0, 3.0]]}, "x must be a tensor, got list"),
         ({1: torch.zeros(4, 3).to_sparse()}, "weight must be dense"),
         ({2: torch.zeros(3)}, r"bias must be \(4,\)"),
-        ({1: torch.zeros(4, 3, dtype=torch.bfloat16)}, "weight must be float32, as x, got torch.bfloat16"),
-        ({2: torch.zeros(4, dtype=torch.float64)}, "bias must be float32"),
+        ({1: torch.zeros(4, 3, dtype=torch.bfloat16)}, "weight must be torch.float32, as x, got torch.bfloat16"),
+        ({2: torch.zeros(4, dtype=torch.float64)}, "bias must be torch.float32"),
         ({2: torch.zeros(4, device="meta")}, "bias on meta"),
     ],
 )
@@ -238,6 +238,15 @@ def test_bad_arguments(change: dict, message: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_mixed_tensors_are_refused_by_torchs_too(impl: str) -> None:
+    x, weight, bias, _ = LinearCase(5, 3, 4).inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"weight must be torch.float64, as x, got torch.float32"):
+        linear(x.double(), weight, bias, impl=impl)
+    with pytest.raises(ValueError, match="weight on meta"):
+        linear(x, weight.to("meta"), bias, impl=impl)
+
+
 def test_native_says_why_not() -> None:
     x, weight, bias, _ = LinearCase(5, 3, 4).inputs(torch.bfloat16)
     with pytest.raises(NoImplementation, match=r"native: takes float32, not torch.bfloat16"):

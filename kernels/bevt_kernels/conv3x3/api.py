@@ -7,7 +7,13 @@ from torch import Tensor
 
 from bevt_kernels.conv3x3 import reference
 from bevt_kernels.conv3x3.ops import op
-from bevt_kernels.registration import require, require_same_device, require_tensors
+from bevt_kernels.registration import (
+    autocast_dtype,
+    require,
+    require_same_device,
+    require_same_dtype,
+    require_tensors,
+)
 from bevt_kernels.select import Spec, resolve
 
 
@@ -45,14 +51,12 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False, impl
         tuple(bias.shape) == (weight.shape[0],),
         f"bias must be ({weight.shape[0]},), one number a row of weight, got {tuple(bias.shape)}",
     )
-    device, dtype = x.device.type, x.dtype
-    if impl == "auto" and device == "cpu" and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    name = resolve("conv3x3", impl, Spec(device, dtype, needs_grad))
-    if name == "reference":
-        return reference.conv3x3(x, weight, bias, relu)
-    for what, tensor in (("weight", weight), ("bias", bias)):
-        require(tensor.dtype == torch.float32, f"{what} must be float32, as x, got {tensor.dtype}")
-    require_same_device(x=x, weight=weight, bias=bias)
-    return op(x, weight, bias, relu, name)
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    require_same_device(**tensors)
+    autocast = autocast_dtype(x.device.type)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    dtype = autocast if autocast and impl == "auto" else x.dtype
+    name = resolve("conv3x3", impl, Spec(x.device.type, dtype, needs_grad))
+    if not autocast or name == "native":
+        require_same_dtype(**tensors)
+    return reference.conv3x3(x, weight, bias, relu) if name == "reference" else op(x, weight, bias, relu, name)

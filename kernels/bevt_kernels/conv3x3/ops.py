@@ -17,12 +17,7 @@ from bevt_kernels.select import Spec, float_reasons, register
 
 
 def _native_reasons(spec: Spec) -> list[str]:
-    found = native.reasons(spec)
-    if spec.dtype != torch.float32:
-        found.append(f"takes float32, not {spec.dtype}")
-    if spec.needs_grad:
-        found.append("has no derivative")
-    return found
+    return native.reasons(spec, only_float32=True) + (["has no derivative"] if spec.needs_grad else [])
 
 
 register("conv3x3", "native", _native_reasons)

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from bevt_kernels.linear import reference
 from bevt_kernels.linear.autograd import forward
-from bevt_kernels.registration import require, require_same_device, require_tensors
+from bevt_kernels.registration import (
+    autocast_dtype,
+    require,
+    require_same_device,
+    require_same_dtype,
+    require_tensors,
+)
 from bevt_kernels.select import Spec, resolve
 
 
@@ -28,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 
     Raises:
         ValueError: a shape, dtype or device that does not fit. NoImplementation (a ValueError): `impl` cannot serve.
-            NotImplementedError (native): a second derivative.
+            Native: NotImplementedError for a second derivative, RuntimeError under torch.func's grad and jvp.
     """
     require_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     require(
@@ -40,17 +46,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
             tuple(bias.shape) == (weight.shape[0],),
             f"bias must be ({weight.shape[0]},), one number a row of weight, got {tuple(bias.shape)}",
         )
-    device, dtype = x.device.type, x.dtype
-    if device == "cpu" and torch.is_autocast_enabled("cpu"):
-        if impl == "auto":
-            dtype = torch.get_autocast_dtype("cpu")
-        elif impl == "native" and dtype.itemsize == 2:
-            x, dtype = x.float(), torch.float32
-    name = resolve("linear", impl, Spec(device, dtype))
-    if name == "reference":
-        return reference.linear(x, weight, bias)
-    tensors = {"x": x, "weight": weight, **({} if bias is None else {"bias": bias})}
-    for what, tensor in tensors.items():
-        require(tensor.dtype == torch.float32, f"{what} must be float32, as x, got {tensor.dtype}")
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     require_same_device(**tensors)
-    return forward(x, weight, bias, name)
+    dtype, autocast = x.dtype, autocast_dtype(x.device.type)
+    if autocast and impl == "auto":
+        dtype = autocast
+    elif autocast and impl == "native" and dtype.itemsize == 2:
+        x, dtype = x.float(), torch.float32
+        tensors["x"] = x
+    name = resolve("linear", impl, Spec(x.device.type, dtype))
+    if not autocast or name == "native":
+        require_same_dtype(**tensors)
+    return reference.linear(x, weight, bias) if name == "reference" else forward(x, weight, bias, name)

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bevt_kernels import native
 from bevt_kernels.registration import define
-from bevt_kernels.select import Spec, float_reasons, register
+from bevt_kernels.select import float_reasons, register
 
-
-def _native_reasons(spec: Spec) -> list[str]:
-    wide = spec.dtype == torch.float32
-    return native.reasons(spec) + ([] if wide else [f"takes float32, not {spec.dtype}"])
-
-
-register("linear", "native", _native_reasons)
+register("linear", "native", partial(native.reasons, only_float32=True))
 register("linear", "reference", float_reasons)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from bevt_kernels import Spec, conv3x3, linear, linear_argmax, masked_linear_cross_entropy, window_attention
 from bevt_kernels.baselines import CONV3X3, LINEAR, LINEAR_ARGMAX, MASKED_LINEAR_CROSS_ENTROPY, WINDOW_ATTENTION
+from bevt_kernels.conv3x3.api import outputs_adjacent
 from bevt_kernels.select import IMPLEMENTATIONS
 from bevt_kernels.testing import (
     ArgmaxCase,
@@ -219,8 +220,7 @@ class Conv3x3(Problem):
     def __init__(self, case: ConvCase, device: str) -> None:
         super().__init__(case, device)
         x, weight, bias = case.inputs(self.dtype, device=device)
-        weight = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # as the tokenizer keeps it
-        self.leaves = {"x": x, "weight": weight, "bias": bias}
+        self.leaves = {"x": x, "weight": outputs_adjacent(weight), "bias": bias}  # as the tokenizer keeps it
         self.direct = weight.contiguous(memory_format=torch.channels_last)  # as the library has it best
         self.grads = {}
         self.contestants = contestants("conv3x3", Spec(device, self.dtype), self._ours, CONV3X3, self._rival)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from bevt_kernels import Spec, conv3x3, resolve
+from bevt_kernels.conv3x3.api import outputs_adjacent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,27 +158,21 @@ class DalleTokenizer(FrozenTokenizer):
         load_weights(encoder, tensors, path)
         return cls(encoder, config)
 
-    def to(self, device: torch.device | str) -> DalleTokenizer:
-        """As `FrozenTokenizer.to`."""
-        super().to(device)
-        compiled = self.implementations["tokenizer"] == "compiled"
-        self.implementations["conv3x3"] = self.choose_convolutions(torch.device(device).type, compiled=compiled)
-        return self
-
-    def choose_convolutions(self, device: str, *, compiled: bool = False) -> str:
-        """Settle the implementation of the 3x3 convolutions, and return it.
+    def settle(self, device: str) -> dict[str, str]:
+        """As `FrozenTokenizer.settle`, and the implementation of the 3x3 convolutions.
 
         Native on CPUs in float32, unless `config.impl` is "reference", or they are compiled, with what surrounds them.
         """
-        plain = compiled or self.config.impl == "reference"
+        chosen = super().settle(device)
+        plain = self.config.impl == "reference" or self.compiles(device)
         impl = resolve("conv3x3", "reference" if plain else "auto", Spec(device, self.precision))
         for block in self.encoder.modules():
             if isinstance(block, Block):
                 block.impl = impl
-                for conv in block.convs[:3] if impl == "native" else ():  # outputs side by side, as the op reads them
+                for conv in block.convs[:3] if impl == "native" else ():
                     weight = conv.get_parameter("weight")
-                    weight.data = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-        return impl
+                    weight.data = outputs_adjacent(weight)
+        return {**chosen, "conv3x3": impl}
 
     def metadata(self) -> dict[str, str]:
         return {"format": "bevt-dalle-1"}

@@ -97,24 +97,38 @@ class FrozenTokenizer(ABC):
         """
         if self.precision != torch.float32:
             raise ValueError(f"`to` has rounded the weights to {self.precision} already: load the tokenizer again")
-        kind, config = torch.device(device).type, self.config
-        name = config.precision
-        if name == "auto":
-            name = "float16" if kind == "cuda" else "float32"
-        compiled = config.compile == "yes" or (config.compile == "auto" and kind in self.compiled_on)
+        kind = torch.device(device).type
+        compiled = self.compiles(kind)
         self.module.to(device)
+        chosen = self.settle(kind)
+        self.impl = resolve("linear_argmax", self.config.impl, Spec(kind, self.tail[0].dtype))
+        self._features = _compiled(self.features) if compiled else self.features
+        self.implementations = {
+            "linear_argmax": self.impl,
+            "tokenizer precision": str(self.precision).removeprefix("torch."),
+            "tokenizer": "compiled" if compiled else "eager",
+            **chosen,
+        }
+        return self
+
+    def compiles(self, device: str) -> bool:
+        """Whether `to` compiles for a device of this type."""
+        asked = self.config.compile
+        return asked == "yes" or (asked == "auto" and device in self.compiled_on)
+
+    def settle(self, device: str) -> dict[str, str]:
+        """Settle the precision for a type of device and round the weights to it, wherever they are.
+
+        Returns what a tokenizer chooses beside that, for `implementations`.
+        """
+        name = self.config.precision
+        if name == "auto":
+            name = "float16" if device == "cuda" else "float32"
         self.precision = getattr(torch, name)
         for p in self.rounded:
             layout = torch.channels_last if p.ndim == 4 else torch.preserve_format
             p.data = p.to(self.precision, memory_format=layout)
-        self.impl = resolve("linear_argmax", config.impl, Spec(kind, self.tail[0].dtype))
-        self._features = _compiled(self.features) if compiled else self.features
-        self.implementations = {
-            "linear_argmax": self.impl,
-            "tokenizer precision": name,
-            "tokenizer": "compiled" if compiled else "eager",
-        }
-        return self
+        return {}
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -414,7 +414,7 @@ def _trace(config: Config, device: str, gradients: bool, again: bool) -> tuple[l
             p.grad = torch.empty_like(p) if gradients else None
         trained = live.live
         faked(tokenizer.inner.module)
-        tokenizer.settle()
+        tokenizer.inner.settle(device)
         if config.path == "reference":  # makes constants, which stay
             with torch.no_grad():
                 for stream in model.streams:
@@ -490,17 +490,6 @@ class _Piece:
 
     def __init__(self, config: Config, device: str) -> None:
         self.inner, self.device = tokenizer_of(config), device
-        name = config.tokenizer.precision
-        if name == "auto":
-            name = "float16" if device == "cuda" else "float32"
-        self.inner.precision = getattr(torch, name)
-
-    def settle(self) -> None:
-        """Round the weights, as `FrozenTokenizer.to` does."""
-        for p in self.inner.rounded:
-            p.data = p.to(self.inner.precision)
-        if isinstance(self.inner, DalleTokenizer):
-            self.inner.choose_convolutions(self.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """As `FrozenTokenizer.encode`."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bevt_kernels import NoImplementation, Spec, conv3x3, native, resolve
+from bevt_kernels.conv3x3.api import outputs_adjacent
 from bevt_kernels.conv3x3.reference import conv3x3 as reference
 from bevt_kernels.testing import ConvCase, assert_within_budget, eager_winograd, random_conv_case
 from targets import LESSER, at_instruction_set
@@ -17,11 +18,6 @@ needs_native = pytest.mark.skipif(not native.loaded(), reason=f"native library {
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     return conv3x3(x, weight, bias, relu=relu, impl="native")
-
-
-def outputs_adjacent(weight: Tensor) -> Tensor:
-    """The weight in the layout that the op reads in place."""
-    return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def assert_right(case: ConvCase, draws: int = 1, seed: int = 0) -> None:

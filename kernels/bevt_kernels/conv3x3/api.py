@@ -17,13 +17,18 @@ from bevt_kernels.registration import (
 from bevt_kernels.select import Spec, resolve
 
 
+def outputs_adjacent(weight: Tensor) -> Tensor:
+    """A copy of the weight (N, C, 3, 3) in the layout that native reads in place."""
+    return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False, impl: str = "auto") -> Tensor:
     """A 3x3 convolution with stride 1 and a border of zeros, as frozen encoders have them.
 
     Args:
         x: (M, C, H, W); native: float32, copied unless channels-last.
         weight: (N, C, 3, 3), in the dtype of `x`. Native copies it unless its outputs are adjacent in memory
-            (`weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)`).
+            (`outputs_adjacent`).
         bias: (N,), likewise.
         relu: convolve max(x, 0).
         impl: "auto", "reference" (`torch.nn.functional.conv2d`, whatever it takes) or "native" (float32 on a CPU, no

@@ -164,10 +164,7 @@ void multiply(int64_t rows, int64_t depth, const float* inputs, int64_t input_ro
       Sums<kWide> sums;
       sum_products<kWide, false>(minimum(kBlock, depth - k), inputs + r * input_row + k, input_row,
                                  panel + k * kColumns, kColumns, sums);
-      for_sums<kWide>([&](int i, int v) BEVT_INLINED {
-        float* at = target + (r + i) * target_row + v * kLanes;
-        store(at, add || k > 0 ? load(at) + sums[i][v] : sums[i][v]);
-      });
+      accumulate<kWide>(sums, !add && k == 0, target + r * target_row, target_row);
     }
   }
 }

@@ -54,19 +54,7 @@ at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight, const s
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = w.size(0);
   const at::Tensor out = at::empty(sizes, x.options());
-  multiply({.rows = rows.size(0),
-            .columns = w.size(0),
-            .depth = w.size(1),
-            .left = rows.const_data_ptr<float>(),
-            .left_row = rows.size(1),
-            .left_depth = 1,
-            .right = w.const_data_ptr<float>(),
-            .right_depth = w.stride(1),
-            .right_column = w.stride(0),
-            .bias = b.defined() ? b.const_data_ptr<float>() : nullptr,
-            .target = out.mutable_data_ptr<float>(),
-            .target_row = w.size(0),
-            .add = false});
+  multiply(product_of(rows_of(out), rows, w.t(), false, b));
   return out;
 }
 
@@ -75,44 +63,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
                                                                std::array<bool, 3> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor grad = rows_of(grad_out);
-  const int64_t rows = grad.size(0), outputs = weight.size(0), channels = weight.size(1);
+  const int64_t rows = grad.size(0), outputs = weight.size(0);
   const auto gradient = [&](at::IntArrayRef sizes, bool wanted) {
     return at::empty(wanted ? sizes : at::IntArrayRef({0}), x.options());
   };
   const at::Tensor grad_x = gradient(x.sizes(), output_mask[0]);
-  if (output_mask[0]) {
-    const at::Tensor w = dense(weight);
-    multiply({.rows = rows,
-              .columns = channels,
-              .depth = outputs,
-              .left = grad.const_data_ptr<float>(),
-              .left_row = outputs,
-              .left_depth = 1,
-              .right = w.const_data_ptr<float>(),
-              .right_depth = w.stride(0),
-              .right_column = w.stride(1),
-              .bias = nullptr,
-              .target = grad_x.mutable_data_ptr<float>(),
-              .target_row = channels,
-              .add = false});
-  }
+  if (output_mask[0]) multiply(product_of(rows_of(grad_x), grad, dense(weight)));
   const at::Tensor grad_weight = gradient(weight.sizes(), output_mask[1]);
-  if (output_mask[1]) {
-    const at::Tensor x_rows = rows_of(x);
-    multiply({.rows = outputs,
-              .columns = channels,
-              .depth = rows,
-              .left = grad.const_data_ptr<float>(),
-              .left_row = 1,
-              .left_depth = outputs,
-              .right = x_rows.const_data_ptr<float>(),
-              .right_depth = channels,
-              .right_column = 1,
-              .bias = nullptr,
-              .target = grad_weight.mutable_data_ptr<float>(),
-              .target_row = channels,
-              .add = false});
-  }
+  if (output_mask[1]) multiply(product_of(grad_weight, grad.t(), rows_of(x)));
   const at::Tensor grad_bias = gradient({outputs}, output_mask[2]);
   if (output_mask[2]) {  // not torch's sum, which depends on the number of threads
     const float* from = grad.const_data_ptr<float>();

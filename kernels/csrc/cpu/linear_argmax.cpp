@@ -102,7 +102,6 @@ at::Tensor linear_argmax(const at::Tensor& x, const at::Tensor& weight, const at
     const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread starts without the caller's dispatch state
     const auto options = x.options().dtype(at::kFloat);
     const at::Tensor tile = at::empty({tile_rows * tile_classes}, options);
-    float* products = tile.mutable_data_ptr<float>();
     const at::Tensor x_scratch = readable(x) ? at::Tensor() : at::empty({tile_rows, channels}, options);
     const at::Tensor weight_scratch = readable(weight) ? at::Tensor() : at::empty({tile_classes, channels}, options);
     std::vector<Best> best(tile_rows);
@@ -114,20 +113,10 @@ at::Tensor linear_argmax(const at::Tensor& x, const at::Tensor& weight, const at
       for (int64_t offset = 0; offset < classes; offset += tile_classes) {
         const int64_t n = std::min(tile_classes, classes - offset);
         const at::Tensor weight_block = as_float(weight.narrow(0, offset, n), weight_scratch);
-        multiply_alone({.rows = m,
-                        .columns = n,
-                        .depth = channels,
-                        .left = x_block.const_data_ptr<float>(),
-                        .left_row = x_block.stride(0),
-                        .left_depth = 1,
-                        .right = weight_block.const_data_ptr<float>(),
-                        .right_depth = 1,
-                        .right_column = weight_block.stride(0),
-                        .bias = nullptr,
-                        .target = products,
-                        .target_row = n,
-                        .add = false});
-        for (int64_t i = 0; i < m; ++i) fold(products + i * n, bias_data + offset, n, offset, best[i]);
+        const at::Tensor products = tile.narrow(0, 0, m * n).view({m, n});
+        multiply_alone(product_of(products, x_block, weight_block.t()));
+        const float* data = products.const_data_ptr<float>();
+        for (int64_t i = 0; i < m; ++i) fold(data + i * n, bias_data + offset, n, offset, best[i]);
       }
       for (int64_t i = 0; i < m; ++i) codes_data[row + i] = best[i].index;
     }

@@ -60,23 +60,6 @@ std::vector<Slot> used_slots(const at::Tensor& targets, const at::Tensor& index,
   return used;
 }
 
-// target = a b, or target += a b. Rows of `target` are adjacent numbers; a and b have a stride of 1.
-void product(const at::Tensor& target, const at::Tensor& a, const at::Tensor& b, bool add) {
-  multiply({.rows = a.size(0),
-            .columns = b.size(1),
-            .depth = a.size(1),
-            .left = a.const_data_ptr<float>(),
-            .left_row = a.stride(0),
-            .left_depth = a.stride(1),
-            .right = b.const_data_ptr<float>(),
-            .right_depth = b.stride(0),
-            .right_column = b.stride(1),
-            .bias = nullptr,
-            .target = target.mutable_data_ptr<float>(),
-            .target_row = target.stride(0),
-            .add = add});
-}
-
 // A weight in float32, converted some classes at a time where products could not read it as it is.
 class Weight {
  public:
@@ -90,14 +73,14 @@ class Weight {
   // z = x weight^T.
   void logits(const at::Tensor& x, const at::Tensor& z) const {
     for_blocks([&](int64_t first, const at::Tensor& block) {
-      product(z.narrow(1, first, block.size(0)), x, block.t(), false);
+      multiply(product_of(z.narrow(1, first, block.size(0)), x, block.t()));
     });
   }
 
   // target = dz weight.
   void gradient(const at::Tensor& dz, const at::Tensor& target) const {
     for_blocks([&](int64_t first, const at::Tensor& block) {
-      product(target, dz.narrow(1, first, block.size(0)), block, first > 0);
+      multiply(product_of(target, dz.narrow(1, first, block.size(0)), block, first > 0));
     });
   }
 
@@ -236,7 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_li
     if (!train_hidden && !train_weight && !train_bias) continue;
 
     divide(z, sums, column_sums);
-    if (train_weight) product(grad_weight, z.t(), x, first > 0);
+    if (train_weight) multiply(product_of(grad_weight, z.t(), x, first > 0));
     if (train_hidden) {  // takes the place of x
       float_weight.gradient(z, x);
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, hidden.scalar_type(), "masked_linear_cross_entropy",

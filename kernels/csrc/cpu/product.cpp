@@ -20,6 +20,23 @@ int64_t parts(int64_t size, int64_t block) { return (size + block - 1) / block; 
 
 }  // namespace
 
+Product product_of(const at::Tensor& target, const at::Tensor& left, const at::Tensor& right, bool add,
+                   const at::Tensor& bias) {
+  return {.rows = left.size(0),
+          .columns = right.size(1),
+          .depth = left.size(1),
+          .left = left.const_data_ptr<float>(),
+          .left_row = left.stride(0),
+          .left_depth = left.stride(1),
+          .right = right.const_data_ptr<float>(),
+          .right_depth = right.stride(0),
+          .right_column = right.stride(1),
+          .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+          .target = target.mutable_data_ptr<float>(),
+          .target_row = target.stride(0),
+          .add = add};
+}
+
 void multiply_alone(const Product& product) {
   static const ProductKernels& chosen = BEVT_CHOOSE(product);
   chosen.multiply(product);

@@ -48,6 +48,15 @@ BEVT_INLINE void sum_products(int64_t depth, const float* left, int64_t left_str
   }
 }
 
+// Adds sums to rows of memory, or, at the first block of a depth, writes them.
+template <int kVectors>
+BEVT_INLINE void accumulate(const Sums<kVectors>& sums, bool first, float* target, int64_t stride) {
+  for_sums<kVectors>([&](int r, int v) BEVT_INLINED {
+    float* at = target + r * stride + v * kLanes;
+    store(at, first ? sums[r][v] : load(at) + sums[r][v]);
+  });
+}
+
 }  // namespace
 }  // namespace BEVT_INSTRUCTIONS
 }  // namespace bevt_kernels

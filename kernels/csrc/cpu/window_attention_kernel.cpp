@@ -89,15 +89,6 @@ BEVT_INLINE void store(T* target, Vector x) {
   for (int lane = 0; lane < kLanes; ++lane) from_float(x[lane], target[lane]);
 }
 
-// Adds sums to rows of memory, or, at the first block of a depth, writes them.
-template <int kVectors>
-BEVT_INLINE void accumulate(const Sums<kVectors>& sums, bool first, float* target, int64_t stride) {
-  for_sums<kVectors>([&](int r, int v) BEVT_INLINED {
-    float* at = target + r * stride + v * kLanes;
-    store(at, first ? sums[r][v] : load(at) + sums[r][v]);
-  });
-}
-
 template <int kCount>
 struct Vectors {
   static constexpr int value = kCount;

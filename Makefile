@@ -1,11 +1,12 @@
 # Everything but bench-gpu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
+# ARGS go to the benchmarks: `make bench ARGS="--part linear --again"`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench-gpu lint format clean
+.PHONY: setup demo test bench bench-gpu lint format clean
 
 setup: $(READY)
 
@@ -32,9 +33,14 @@ $(VENV)/.test: $(READY)
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The suite's rivals are packages of the tests.
+bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m benchmarks.suite cpu $(ARGS)
+
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.suite cuda $(ARGS)
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

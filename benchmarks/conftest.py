@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks import verify
-from benchmarks.registry import OPS
-from benchmarks.run import TEST_SECONDS
+from benchmarks.registry import OPS, TEST_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +17,4 @@ def device() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _green(device: str) -> None:
-    verify.green([pattern for op in OPS.values() for pattern in op.tests], device, TEST_SECONDS)
+    verify.green([pattern for op in OPS.values() for pattern in op.tests], device, TEST_SECONDS[device])

@@ -1,5 +1,7 @@
 """Peak memory of a step above its inputs, constants that a module keeps not counted; outputs and gradients are.
 
+Of a training step weights, gradients and moments are too.
+
 On CUDA it is the allocator's own count. On a CPU it is what the operating system saw: a process of its own runs the
 step twice, with a malloc that gives back every block of 64 KiB and more at once, resets its high-water mark before the
 second run (Linux: `/proc/self/clear_refs`) and reads it after. Scratch that no torch allocator knows of counts too.
@@ -12,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,35 +40,36 @@ class Peaks(NamedTuple):
     """Of outputs and gradients, which are part of the last peak; the rest of it is scratch."""
 
 
-def peaks(problem: Problem, op: str, case: str, name: str, threads: int) -> Peaks | None:
-    """None where the system does not tell."""
+def peaks(problem: Problem, op: str, case: str, names: Sequence[str], threads: int) -> dict[str, Peaks]:
+    """By contestant; one is missing where the system does not tell, or where its step ends the process."""
     if problem.device == "cuda":
-        return _cuda(lambda mark: problem.step(name, False, mark))
+        return {name: _cuda(problem, name) for name in names}
     if not (STATUS.exists() and os.access(RESET, os.W_OK)):
-        return None
+        return {}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", op, case, name],
+        [sys.executable, "-m", "benchmarks.memory", op, case, *names],
         env={**os.environ, **MALLOC} | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
+    found = {name: Peaks(*figures) for name, figures in map(json.loads, done.stdout.splitlines())}
     if done.returncode:
-        print(f"  peak memory of {name} is not known: its process ended with code {done.returncode}", file=sys.stderr)
-        return None
-    return Peaks(*json.loads(done.stdout.splitlines()[-1]))
+        missing = ", ".join(name for name in names if name not in found)
+        print(f"  peak memory of {missing} is not known: the process ended with {done.returncode}", file=sys.stderr)
+    return found
 
 
 def _bytes(results: Leaves) -> int:
     return sum(x.nbytes for x in results.values())
 
 
-def _cuda(step: Callable[[Callable[[], None]], Leaves]) -> Peaks:
+def _cuda(problem: Problem, name: str) -> Peaks:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() - problem.kept(name)
     marks: list[int] = []
-    results = step(lambda: marks.append(torch.cuda.max_memory_allocated()))
+    results = problem.step(name, False, lambda: marks.append(torch.cuda.max_memory_allocated()))
     return Peaks(marks[0] - before, torch.cuda.max_memory_allocated() - before, _bytes(results))
 
 
@@ -84,15 +87,16 @@ def resident(key: str) -> int:
     return 1024 * int(match[1])
 
 
-def _child(op: str, case: str, name: str) -> None:
+def _child(op: str, case: str, *names: str) -> None:
     problem = build(op, case, "cpu")
-    step = lambda mark: problem.step(name, False, mark)  # noqa: E731
-    step(lambda: None)
-    RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
-    before = resident("VmRSS")
-    marks: list[int] = []
-    results = step(lambda: marks.append(resident("VmHWM")))
-    print(json.dumps([marks[0] - before, resident("VmHWM") - before, _bytes(results)]))
+    for name in names:
+        problem.step(name)
+        RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
+        before = resident("VmRSS") - problem.kept(name)
+        marks: list[int] = []
+        results = problem.step(name, False, lambda: marks.append(resident("VmHWM")))  # noqa: B023
+        print(json.dumps([name, [marks[0] - before, resident("VmHWM") - before, _bytes(results)]]), flush=True)
+        del results
 
 
 if __name__ == "__main__":

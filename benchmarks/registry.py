@@ -1,4 +1,4 @@
-"""What is measured: ops, cases, dtypes, batches, and the limits of known chips. Data only.
+"""What is measured: ops, cases, dtypes, batches, and the parts of a whole run. Data only.
 
 A case is written for one clip or image; its batch depends on the device. Letters: D x H x W token map, h heads.
 """
@@ -6,19 +6,19 @@ A case is written for one clip or image; its batch depends on the device. Letter
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from bevt_kernels.testing import ArgmaxCase, ConvCase, LinearCase, LossCase, WindowCase
 
 from bevt.config import Size
-from bevt.devices import DEVICES
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """Of activations, by device."""
 
-QUANTITIES = ("forward", "backward", "forward+backward", "forward+backward, frozen table")
-"""The first three are parts of one training step: forward is a training forward, or all that there is. The last is for
-implementations only, and shows what the table's gradient costs them."""
+QUANTITIES = ("forward", "backward", "forward+backward", "forward+backward, frozen table", "step")
+"""The first three are parts of one training step: forward is a training forward, or all that there is. The fourth is
+for implementations only, and shows what the table's gradient costs them. "step" is a whole one, update included."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,30 @@ class HeadCase:
 
 
 @dataclass(frozen=True)
-class PretrainCase:
-    """A joint micro-batch, tokenizer included and optimizer not: `batch` times a clip and `images` images."""
+class TrainCase:
+    """A step of the joint recipe, update included: `batch` clips and `images` images as one micro-batch."""
 
     batch: int
     size: Size
     images: int
+    tokenizer: Literal["dalle", "vq", "kept"]
+    """`dalle`: the recipe's, at its full size with random weights; `vq`: this project's; `kept`: `dalle` with a token
+    cache that has every view, as in later epochs, which the reference path does not have."""
     frames: int = 16
     side: int = 224
-    tokenizer_width: int = 256
 
 
-Case = WindowCase | LossCase | ArgmaxCase | LinearCase | ConvCase | StepCase | HeadCase | PretrainCase
+@dataclass(frozen=True)
+class VideoMAECase:
+    """Forward and backward of VideoMAE's pretraining on clips of (frames, 3, side, side), nine of ten tubes masked."""
+
+    batch: int
+    size: Literal["tiny", "base"] = "base"
+    frames: int = 16
+    side: int = 224
+
+
+Case = WindowCase | LossCase | ArgmaxCase | LinearCase | ConvCase | StepCase | HeadCase | TrainCase | VideoMAECase
 
 PER_CLIP = ("batch", "rows", "slots", "used")
 """Fields of a case that grow with the number of clips."""
@@ -67,6 +79,8 @@ class Entry:
     case: Case
     batch: dict[str, int] = field(default_factory=lambda: {"cuda": 8})
     """Clips or images by device; a device that is missing is not measured."""
+    compiled: bool = True
+    """Whether rivals take part that must be compiled for each case, which takes them 5 to 30 seconds."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,9 @@ def _stages(heads: int, depth: int, window: tuple[int, int, int], table: tuple[i
 
 
 def _group(group: str, cases: dict[str, WindowCase], **batch: int) -> dict[str, Entry]:
-    return {f"{group} {name}": Entry(group, case, batch) for name, case in cases.items()}
+    """All but the 16-frame clips' without the rivals that are compiled: they would take a GPU run's time twice over."""
+    compiled = group in ("swin-b video", "784 tokens")
+    return {f"{group} {name}": Entry(group, case, batch, compiled) for name, case in cases.items()}
 
 
 VIDEO = (8, 7, 7)
@@ -109,23 +125,52 @@ CLIP = LossCase(rows=3136, channels=1024, classes=8192, slots=1568, used=1176)
 """16 frames of 14 x 14 positions under the joint recipe's masks: tubes hide 1176 on average, at most 1568."""
 FULL = LossCase(rows=1568, channels=1024, classes=8192, slots=1568, used=1568)
 
+TARGET = WindowCase(1, (8, 28, 28), VIDEO, heads=4, head_dim=32)
+"""Stage 2 of Swin-B at half its heads: what the CPU's target is for (16 windows x 4 heads)."""
+STAGE_1 = WindowCase(1, (8, 56, 56), VIDEO, (0, 3, 3), heads=3, head_dim=32)
+
+
+def _memory() -> dict[str, Entry]:
+    """Peak memory against the batch, and against the window at one map: Swin-T's first stage."""
+    batches = {f"batch {n}": Entry("memory", STAGE_1, {"cpu": n, "cuda": 4 * n}, False) for n in (1, 2, 4)}
+    windows = {
+        f"window {depth} x 7 x 7": Entry(
+            "memory", WindowCase(1, (16, 56, 56), (depth, 7, 7), heads=3, head_dim=32), {"cpu": 1, "cuda": 4}, False
+        )
+        for depth in (2, 4, 8, 16)
+    }
+    return batches | windows
+
+
+def _scaling() -> dict[str, Entry]:
+    """Cost against frames and against resolution; 16 frames of 224 x 224 is "encoder step"."""
+    batch = {"cpu": 1, "cuda": 8}
+    frames = {f"swin-t {n} frames": Entry("scaling", StepCase(1, "tiny", frames=n), batch) for n in (8, 32)}
+    sides = {f"swin-t side {n}": Entry("scaling", StepCase(1, "tiny", side=n), batch) for n in (112, 160, 288)}
+    return frames | sides
+
+
 OPS = {
     "window_attention": Op(
         {
-            "cpu target": Entry("cpu", WindowCase(1, (8, 28, 28), VIDEO, heads=4, head_dim=32), {"cpu": 1}),
-            "cpu target shifted": Entry(
-                "cpu", WindowCase(1, (8, 28, 28), VIDEO, (0, 3, 3), heads=4, head_dim=32), {"cpu": 1}
-            ),
+            "cpu target": Entry("cpu", TARGET, {"cpu": 1}),
+            "cpu target shifted": Entry("cpu", replace(TARGET, shift=(0, 3, 3)), {"cpu": 1}),
             **_group("swin-b video", _stages(4, 8, VIDEO, VIDEO), cuda=8),
             **_group("swin-b image", _stages(4, 1, IMAGE, VIDEO), cuda=64),
-            **_group("784 tokens", {k: v for k, v in _stages(4, 16, LONG, LONG).items() if "1" in k}, cuda=4),
             **_group("swin-b 32 frames", _stages(4, 16, VIDEO, VIDEO), cuda=8),
             **_group("swin-t video", _stages(3, 8, VIDEO, VIDEO), cpu=1, cuda=8),
+            **_group("swin-t image", _stages(3, 1, IMAGE, VIDEO), cpu=8, cuda=64),
+            **_group("swin-t 32 frames", _stages(3, 16, VIDEO, VIDEO), cuda=8),
+            **_group("784 tokens", {k: v for k, v in _stages(4, 16, LONG, LONG).items() if "1" in k}, cuda=4),
+            **_memory(),
         },
         (WINDOW_TESTS,),
     ),
     "video_swin_step": Op(
-        {"swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8})},
+        {
+            "swin_t encoder step": Entry("encoder step", StepCase(1, "tiny"), {"cpu": 1, "cuda": 8}),
+            **_scaling(),
+        },
         (WINDOW_TESTS, LINEAR_TESTS),
     ),
     "masked_linear_cross_entropy": Op(
@@ -176,45 +221,80 @@ OPS = {
         {"swin-b": Entry("swin-b", HeadCase(1, "base"), {"cpu": 2, "cuda": 8})},
         (LOSS_TESTS, LINEAR_TESTS),
     ),
-    "pretrain_step": Op(
+    "train_step": Op(
         {
-            "swin-b, 1 clip + 2 images": Entry("micro-batch", PretrainCase(1, "base", 2), {"cpu": 1}),
-            "swin-b, 4 clips + 32 images": Entry("micro-batch", PretrainCase(1, "base", 8), {"cuda": 4}),
+            "swin-t, dalle": Entry("swin-t", TrainCase(1, "tiny", 8, "dalle"), {"cpu": 1}),
+            "swin-t, kept": Entry("swin-t", TrainCase(1, "tiny", 8, "kept"), {"cpu": 1}),
+            "swin-t, vq": Entry("swin-t", TrainCase(1, "tiny", 8, "vq"), {"cpu": 1}),
+            "swin-b, dalle": Entry("swin-b", TrainCase(1, "base", 8, "dalle")),
+            "swin-b, kept": Entry("swin-b kept", TrainCase(1, "base", 8, "kept")),
         },
         (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS),
     ),
+    "videomae_step": Op({"base": Entry("base", VideoMAECase(1), {"cpu": 1, "cuda": 8})}, ()),
 }
 
-GPU_ORDER = (
-    ("masked_linear_cross_entropy", "swin-b"),
-    ("window_attention", "swin-b video"),
-    ("pretrain_step", "micro-batch"),
-    ("linear_argmax", "dalle"),
-    ("masked_head", "swin-b"),
-    ("video_swin_step", "encoder step"),
-    ("window_attention", "swin-b image"),
-    ("window_attention", "784 tokens"),
-    ("window_attention", "swin-b 32 frames"),
-    ("window_attention", "swin-t video"),
-    ("masked_linear_cross_entropy", "vq"),
-    ("linear_argmax", "vq"),
-)
-"""(op, group) in order of worth, for a machine that is lent for minutes."""
+
+class Part(NamedTuple):
+    """One process of a whole run."""
+
+    op: str
+    """Of OPS, or another command of `benchmarks`."""
+    group: str
+    """Of the op's cases; "" for another command."""
+    seconds: float
+    """It takes about; on a CPU, two cores with AVX-512, measured."""
+
+    @property
+    def name(self) -> str:
+        """As `--part` knows it."""
+        return f"{self.op}: {self.group}" if self.group else self.op
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What a chip was measured to do, by its largest matrix product and device copy."""
+TEST_SECONDS = {"cpu": 1200.0, "cuda": 120.0}
+"""For the ops' tests, which come first."""
 
-    flops: dict[torch.dtype, float]
-    """FLOP/s by dtype."""
-    bandwidth: float
-    """Bytes read and written a second."""
-
-
-LIMITS = {
-    name: Limit({torch.bfloat16: device.bfloat16}, device.bandwidth)
-    for name, device in DEVICES.items()
-    if device.source == "measured"
+PARTS = {
+    "cpu": (
+        Part("window_attention", "cpu", 60),
+        Part("masked_linear_cross_entropy", "cpu", 60),
+        Part("train_step", "swin-t", 150),
+        Part("video_swin_step", "encoder step", 30),
+        Part("linear", "swin-t", 30),
+        Part("conv3x3", "dalle", 20),
+        Part("linear_argmax", "dalle", 30),
+        Part("masked_head", "swin-b", 40),
+        Part("window_attention", "swin-t video", 40),
+        Part("window_attention", "swin-t image", 40),
+        Part("masked_linear_cross_entropy", "vq", 20),
+        Part("linear_argmax", "vq", 20),
+        Part("window_attention", "memory", 60),
+        Part("video_swin_step", "scaling", 100),
+        Part("videomae_step", "base", 30),
+        Part("tokenizer", "", 60),
+        Part("data", "", 60),
+    ),
+    "cuda": (
+        Part("masked_linear_cross_entropy", "swin-b", 25),
+        Part("window_attention", "swin-b video", 60),
+        Part("train_step", "swin-b", 50),
+        Part("linear_argmax", "dalle", 8),
+        Part("masked_head", "swin-b", 8),
+        Part("video_swin_step", "encoder step", 10),
+        Part("window_attention", "swin-b image", 12),
+        Part("window_attention", "swin-b 32 frames", 12),
+        Part("window_attention", "swin-t video", 12),
+        Part("window_attention", "swin-t image", 12),
+        Part("window_attention", "swin-t 32 frames", 12),
+        Part("window_attention", "memory", 8),
+        Part("video_swin_step", "scaling", 15),
+        Part("masked_linear_cross_entropy", "vq", 8),
+        Part("linear_argmax", "vq", 4),
+        Part("videomae_step", "base", 10),
+        Part("data", "", 10),
+        Part("window_attention", "784 tokens", 12),
+        Part("train_step", "swin-b kept", 30),
+        Part("tokenizer", "", 25),
+    ),
 }
-"""By `torch.cuda.get_device_name()`; a chip that is not here has no "% of limit"."""
+"""In order of worth, for a machine that is lent for minutes."""

@@ -19,23 +19,32 @@ from benchmarks import verify
 
 Row = dict[str, Any]
 
+RESULTS = ("benchmarks/results", "benchmarks/plots", "README.md")
+"""What is made of measurements, from the root: no change of what is measured."""
+
 KEY = ("commit", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
 """A new row takes the place of one that agrees in these; all others stay."""
+
+
+def path(op: str) -> Path:
+    """The committed rows of an op."""
+    return verify.ROOT / "benchmarks" / "results" / f"{op}.jsonl"
 
 
 def environment(device: str) -> Row:
     """What a row says about where it was measured; nothing in it names a host or a path.
 
-    A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of kernels
-    and tests in any case.
+    A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of both
+    packages, the benchmarks and the kernels' tests in any case.
     """
     commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD")
-    # The rows themselves are no change of what was measured.
-    changes = _output("git", "-C", str(verify.ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = _output(
+        "git", "-C", str(verify.ROOT), "status", "--porcelain", "--", ".", *(f":!{path}" for path in RESULTS)
+    )
     return {
         "commit": commit or os.environ.get("BEVT_COMMIT", "unknown"),
         "dirty": None if commit is None else bool(changes),
-        "tree": verify.tree(),
+        "tree": verify.tree("bevt", "kernels", "benchmarks", "tests/kernels"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "machine": _machine(device),
         "versions": {
@@ -44,6 +53,7 @@ def environment(device: str) -> Row:
             "triton": version("triton"),
             "cuda": torch.version.cuda,
         },
+        "clocks": _clocks(device),
     }
 
 
@@ -61,6 +71,17 @@ def _machine(device: str) -> Row:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         machine["driver"] = driver.splitlines()[0] if driver else None
     return machine
+
+
+def _clocks(device: str) -> Row | None:
+    """MHz as the system tells them when the run begins, where it does; not part of `machine`, as they wander."""
+    if device == "cuda":
+        names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+        told = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits")
+        values = [float(x) for x in re.findall(r"[\d.]+", told.splitlines()[0])] if told else []
+        return dict(zip(names, values)) if len(values) == len(names) else None
+    found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return {"cpu": max(map(float, found))} if found else None
 
 
 def _text(path: Path) -> str:
@@ -96,6 +117,13 @@ def save(path: Path, rows: list[Row]) -> None:
         shutil.copyfile(path, Path(os.environ["OUT"]) / path.name)
 
 
+def measured(path: Path, environment: Row, **wanted: Any) -> bool:
+    """Whether `path` has rows of this very tree, machine and versions that have the `wanted` values."""
+    wanted |= {name: environment[name] for name in ("tree", "machine", "versions")}
+    rows = map(json.loads, _text(path).splitlines())
+    return any(all(row.get(name) == value for name, value in wanted.items()) for row in rows)
+
+
 def _key(row: Row) -> str:
     return json.dumps([row.get(name) for name in KEY], sort_keys=True)
 
@@ -114,6 +142,7 @@ COLUMNS = {
 
 def table(rows: list[Row]) -> str:
     """A plain table of one case's rows; "x NAME" is that rival's time over the row's, the median over rounds."""
+    rows = [row for row in rows if row["p50_ms"] is not None]
     rivals = sorted({name for row in rows for name in row["speedup"]})
     head = ["quantity", "contestant", *COLUMNS.values(), *(f"x {name}" for name in rivals)]
     body = [
@@ -132,6 +161,7 @@ def table(rows: list[Row]) -> str:
 
 def summary(rows: list[Row]) -> str:
     """Medians in milliseconds: a line a case and quantity, a column a contestant."""
+    rows = [row for row in rows if row["p50_ms"] is not None]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:

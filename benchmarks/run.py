@@ -1,9 +1,9 @@
 """`python -m benchmarks.run OP`: verify, time in turns, write rows, print a table.
 
-First the op's tests (remembered while kernels and tests do not change), then each case: who cannot run and why; whether
-every contestant's output and gradients keep the error rule on the inputs that are timed; times; peak memory. Rows are
-written case by case, so what was measured survives whatever ends the run. Exit code 1: one of our implementations is
-wrong or a test is red.
+First the op's tests (remembered while kernels and tests do not change) and what the machine can do at most, then each
+case: who cannot run and why; whether every contestant's output and gradients keep the error rule on the inputs that are
+timed; times; peak memory. Rows are written case by case, so what was measured survives whatever ends the run. Exit code
+1: one of our implementations is wrong or a test is red.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ import numpy as np
 import torch
 from bevt_kernels.select import IMPLEMENTATIONS
 
-from benchmarks import memory, problems, rows, timing, verify
+from benchmarks import limits, memory, problems, rows, timing, verify
 from benchmarks.problems import Problem, Work
-from benchmarks.registry import LIMITS, OPS, QUANTITIES
+from benchmarks.registry import DTYPES, OPS, QUANTITIES, TEST_SECONDS
 
-FORWARD, BACKWARD, BOTH, FROZEN = QUANTITIES
-SECONDS = {"cpu": 25.0, "cuda": 3.0}
+FORWARD, BACKWARD, BOTH, FROZEN, STEP = QUANTITIES
+SECONDS = {"cpu": 25.0, "cuda": 1.5}
 """For the timed rounds of one case."""
-
-TEST_SECONDS = 1200.0
-"""After which an op's tests count as red."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listed = ", ".join(f"{name!r} of group {group!r}" for name, group in there)
         print(f"no case for {args.device} is left by --case and --group; there are: {listed}", file=sys.stderr)
         return 2
-    out = args.out or verify.ROOT / "benchmarks" / "results" / f"{args.op}.jsonl"
+    out = args.out or rows.path(args.op)
     environment = rows.environment(args.device)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     done: list[rows.Row] = []
     try:
-        print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS), flush=True)
+        print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS[args.device]), flush=True)
+        if args.missing:
+            known = {"op": args.op, "device": args.device, "threads": torch.get_num_threads()}
+            there_already = [case for case in cases if rows.measured(out, environment, case=case, **known)]
+            print("".join(f"has rows of this code and machine: {case}\n" for case in there_already), end="")
+            cases = [case for case in cases if case not in there_already]
+        most = limits.measure(args.device, DTYPES[args.device]) if cases else None
         for i, case in enumerate(cases):
             if time.monotonic() - start > args.time_limit:
                 print(f"out of time, not measured: {', '.join(cases[i:])}")
                 break
-            measured = [{**environment, **row} for row in measure(args.op, case, args.device, args.impl)]
+            seconds = args.seconds or SECONDS[args.device]
+            measured = [{**environment, **row} for row in measure(args.op, case, args.device, args.impl, seconds, most)]
             rows.save(out, measured)
             print(rows.table(measured), flush=True)
             done += measured
@@ -101,73 +105,102 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=float, help=f"for the timed rounds of a case; default: {SECONDS}")
+    parser.add_argument("--missing", action="store_true", help="only cases without rows of this code and machine")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
     return parser
 
 
-def measure(op: str, case: str, device: str, impls: Sequence[str] = ()) -> list[rows.Row]:
-    """Rows of one case. Raises GateClosed where one of our implementations is wrong."""
+def measure(
+    op: str,
+    case: str,
+    device: str,
+    impls: Sequence[str] = (),
+    seconds: float = 0.0,
+    most: limits.Limits | None = None,
+) -> list[rows.Row]:
+    """Rows of one case, rounds for about `seconds`. Raises GateClosed where one of our implementations is wrong.
+
+    Who cannot run or is wrong has a row that says why, without times.
+    """
     torch._dynamo.reset()  # a compiler's limit of recompilations is by function, not by case
     problem = problems.build(op, case, device)
     print(f"\n{op}, {case}, {problem.dtype}, {torch.get_num_threads()} CPU threads:", flush=True)
-    names = []
+    names, absent = [], {}
     for name, contestant in problem.contestants.items():
-        if contestant.ours and impls and name not in impls:
+        if impls and name in IMPLEMENTATIONS and name not in impls:
             continue
-        if contestant.reasons:
-            print(f"  {name} cannot run: {'; '.join(contestant.reasons)}")
-            continue
-        names.append(name)
-        if contestant.lacks:
-            print(f"  {name} gives no {contestant.lacks}")
-    good, wrong = verify.contestants(problem, names)
-    for name, why in wrong.items():
-        print(f"  {name} is not timed: {why}")
-    print(f"  within the error rule: {', '.join(good)}", flush=True)
+        if contestant.compiles and not OPS[op].cases[case].compiled:
+            absent[name] = "is compiled for each case, and left out of this one"
+        elif contestant.reasons:
+            absent[name] = f"cannot run: {'; '.join(contestant.reasons)}"
+        else:
+            names.append(name)
+            if contestant.lacks:
+                print(f"  {name} gives no {contestant.lacks}")
+    good: list[str] = []
+    if names:
+        good, wrong = verify.contestants(problem, names)
+        absent |= {name: f"is not timed: {why}" for name, why in wrong.items()}
+    print("".join(f"  {name} {why}\n" for name, why in absent.items()), end="")
+    print(f"  within the error rule: {', '.join(good) or 'nobody'}", flush=True)
     steps: dict[str, timing.Step] = {name: lambda mark, n=name: problem.step(n, False, mark) for name in good}
     frozen = [name for name in good if problem.contestants[name].ours] if problem.frozen else []
     steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
-    times = timing.interleaved(steps, device, SECONDS[device], least=problem.least, warm=problem.warm)
-    threads = torch.get_num_threads()
-    peak = {name: memory.peaks(problem, op, case, name, threads) for name in good}
+    times = timing.interleaved(steps, device, seconds, least=problem.least, warm=problem.warm)
+    peak = memory.peaks(problem, op, case, good, torch.get_num_threads()) if good else {}
     by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in problem.quantities}
     for name in good:
         forward, total = np.array(times[name]).T
-        measured = {FORWARD: forward, BACKWARD: total - forward, BOTH: total}
+        measured = {FORWARD: forward, BACKWARD: total - forward, BOTH: total, STEP: total}
         if problem.frozen and name in frozen:
             measured[FROZEN] = np.array(times[f"{name}, frozen"])[:, 1]
         for quantity in by_quantity.keys() & measured.keys():
             by_quantity[quantity][name] = measured[quantity]
-    work = problem.work()
-    return [
-        {
+    work = problem.work() if good else {}
+
+    def row(quantity: str, name: str) -> rows.Row:
+        contestant = problem.contestants[name]
+        return {
             "op": op,
             "case": case,
             "problem": asdict(problem.case),
             "device": device,
             "dtype": str(problem.dtype).removeprefix("torch."),
-            "threads": threads,
+            "threads": torch.get_num_threads(),
             "quantity": quantity,
             "contestant": name,
+            "ours": contestant.ours,
             # The project may be run from its source tree, where the commit says more.
-            "version": rows.version(problem.contestants[name].package) or "source tree",
-            "lacks": problem.contestants[name].lacks or None,
-            **_statistics(ms),
-            **_rates(work[quantity], float(np.median(ms)) / 1e3, problem),
-            **_memory(peak[name], quantity, problem),
-            "speedup": {
+            "version": rows.version(contestant.package) or "source tree",
+            "lacks": contestant.lacks or None,
+        }
+
+    unknown: rows.Row = {"p20_ms": None, "p50_ms": None, "p80_ms": None, "speedup": {}, "surcharge_over_frozen": None}
+    found = [{**row(problem.quantities[-1], name), "absent": why, **unknown} for name, why in absent.items()]
+    for quantity, series in by_quantity.items():
+        for name, ms in series.items():
+            speedup = {
                 rival: _short(float(np.median(other / ms)))
                 for rival, other in series.items()
                 if rival != name and not problem.contestants[rival].ours
-            },
-            "surcharge_over_frozen": _short(float(np.median(ms / by_quantity[FROZEN][name])) - 1)
-            if quantity == BOTH and name in frozen
-            else None,
-        }
-        for quantity, series in by_quantity.items()
-        for name, ms in series.items()
-    ]
+            }
+            surcharge = None
+            if quantity == BOTH and name in frozen:
+                surcharge = _short(float(np.median(ms / by_quantity[FROZEN][name])) - 1)
+            found.append(
+                {
+                    **row(quantity, name),
+                    **_statistics(ms),
+                    **_rates(work[quantity], float(np.median(ms)) / 1e3, most),
+                    **_memory(peak.get(name), quantity, problem),
+                    "speedup": speedup,
+                    "surcharge_over_frozen": surcharge,
+                    **problem.notes(name, len(ms)),
+                }
+            )
+    return found
 
 
 def _statistics(ms: np.ndarray) -> dict[str, Any]:
@@ -180,18 +213,17 @@ def _short(x: float) -> float:
     return float(f"{x:.5g}")
 
 
-def _rates(work: Work, seconds: float, problem: Problem) -> dict[str, Any]:
-    """Rates on the counted work, and the least time that the chip's limits allow for it over the measured one.
+def _rates(work: Work, seconds: float, most: limits.Limits | None) -> dict[str, Any]:
+    """Rates on the counted work, and the least time that the machine's limits allow for it over the measured one.
 
-    The least time counts only pairs that no shift excludes, so that leaving them out is no way past 100 %.
+    The least time counts only pairs that no shift excludes, so that leaving them out is no way past 100 %. Where nobody
+    counted the bytes, arithmetic is the limit.
     """
-    limit = LIMITS.get(torch.cuda.get_device_name()) if problem.device == "cuda" else None
     percent, which = None, None
-    if limit and work.flop_unmasked and work.bytes and problem.dtype in limit.flops:
-        least = {
-            "arithmetic": work.flop_unmasked / limit.flops[problem.dtype],
-            "memory": work.bytes / limit.bandwidth,
-        }
+    if most:
+        least = {"arithmetic": (work.flop_unmasked or work.flop) / most.flops}
+        if work.bytes:
+            least["memory"] = work.bytes / most.bandwidth
         which = max(least, key=lambda name: least[name])
         percent = _short(100 * least[which] / seconds)
     return {
@@ -200,12 +232,13 @@ def _rates(work: Work, seconds: float, problem: Problem) -> dict[str, Any]:
         "gbps": _short(work.bytes / seconds / 1e9) if work.bytes else None,
         "percent_of_limit": percent,
         "limit": which,
+        "limits": {name: _short(value) for name, value in most._asdict().items()} if most else None,
     }
 
 
 def _memory(peaks: memory.Peaks | None, quantity: str, problem: Problem) -> dict[str, float | None]:
     """Peak memory, and what of it is neither output nor gradient where the quantity is all that is computed."""
-    peak = None if peaks is None else {FORWARD: peaks.forward, BOTH: peaks.both}.get(quantity)
+    peak = None if peaks is None else {FORWARD: peaks.forward, BOTH: peaks.both, STEP: peaks.both}.get(quantity)
     whole = quantity == (BOTH if problem.grads else FORWARD)
     scratch = peak - peaks.results if peak is not None and peaks is not None and whole else None
     return {"peak_mib": _mib(peak), "scratch_mib": _mib(scratch)}

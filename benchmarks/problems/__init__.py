@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.problems.base import Contestant, Leaves, Problem, Work
-from benchmarks.problems.models import MaskedHead, PretrainStep, VideoSwinStep
+from benchmarks.problems.models import MaskedHead, VideoSwinStep
 from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
+from benchmarks.problems.train import TrainingStep
 from benchmarks.registry import OPS, PER_CLIP
 
 __all__ = [
@@ -18,8 +19,8 @@ __all__ = [
     "LinearArgmax",
     "MaskedHead",
     "MaskedLinearCrossEntropy",
-    "PretrainStep",
     "Problem",
+    "TrainingStep",
     "VideoSwinStep",
     "WindowAttention",
     "Work",
@@ -34,7 +35,7 @@ KINDS: dict[str, type[Problem]] = {
     "linear": Linear,
     "conv3x3": Conv3x3,
     "masked_head": MaskedHead,
-    "pretrain_step": PretrainStep,
+    "train_step": TrainingStep,
 }
 
 

@@ -37,6 +37,8 @@ class Contestant:
     """The distribution whose version it depends on."""
     lacks: str = ""
     """What of the task it does not do."""
+    compiles: bool = False
+    """Whether it is compiled for each case."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Problem(ABC):
         for what, result in results.items():
             assert_within_budget(result, eager[what], oracle[what], what + note, times)
 
+    def kept(self, name: str) -> int:
+        """Bytes that a contestant keeps between steps and that count as its memory."""
+        return 0
+
+    def notes(self, name: str, rounds: int) -> dict[str, Any]:
+        """What else its rows say, of the last `rounds` steps."""
+        return {}
+
     @abstractmethod
     def work(self) -> dict[str, Work]:
         """By quantity."""
@@ -107,7 +117,7 @@ def contestants(
     found = {impl: Contestant(ours(impl), select.reasons(op, impl, spec), True) for impl in select.IMPLEMENTATIONS}
     for name, rival in rivals.items():
         forward = theirs(rival.function)
-        found[name] = Contestant(forward, rival.reasons(spec), False, rival.package, rival.lacks)
+        found[name] = Contestant(forward, rival.reasons(spec), False, rival.package, rival.lacks, rival.compiles)
     return found
 
 

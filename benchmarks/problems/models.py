@@ -1,8 +1,7 @@
-"""The ops in their places: the encoder, the masked decoder and head, a whole micro-batch."""
+"""The ops in their places: the encoder, the masked decoder and head."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,22 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.problems.base import Contestant, Forward, Leaves, Problem, Work, contestants, counted, leaf, run
-from benchmarks.registry import QUANTITIES, HeadCase, PretrainCase, StepCase
+from benchmarks.registry import QUANTITIES, HeadCase, StepCase
 from bevt import masking
 from bevt.config import SIZES, Config, ModelConfig, plain, resized
-from bevt.data import augment
-from bevt.data.batch import Batch
-from bevt.models import video_swin
+from bevt.models import video_swin, weights
 from bevt.models.bevt import BEVT, MaskedInput, Stream
-from bevt.models.reference import ReferenceBEVT
-from bevt.train.step import masked_inputs, slots_for
+from bevt.train.step import slots_for
 
 BOTH = QUANTITIES[2]
 WindowFunction = Callable[[Tensor, Tensor, WindowCase], Tensor]
 Inputs = dict[Stream, MaskedInput]
 
 
-class _Model(Problem):
+class Model(Problem):
     """What they share: gradients of one kind are judged together, half precision is autocast's."""
 
     def judged(self, results: Leaves) -> Leaves:
@@ -49,11 +45,11 @@ class _Model(Problem):
         return torch.autocast(self.device, self.dtype, enabled=self.dtype.itemsize < wide.itemsize == 4)
 
 
-class VideoSwinStep(_Model):
+class VideoSwinStep(Model):
     """Patch embedding and Video Swin: parameters -> the last stage's output. Under autocast where the dtype is half."""
 
     case: StepCase
-    names = (*IMPLEMENTATIONS, "eager")
+    names = (*IMPLEMENTATIONS, "eager", "torchvision")
 
     def __init__(self, case: StepCase, device: str) -> None:
         super().__init__(case, device)
@@ -70,6 +66,32 @@ class VideoSwinStep(_Model):
         self.contestants = contestants(
             "window_attention", spec, self._forward, rivals, lambda function: self._forward("reference", function)
         )
+        self.contestants["torchvision"] = self._torchvision()
+
+    def _torchvision(self) -> Contestant:
+        """Torchvision's Swin with the same weights."""
+        try:
+            from torchvision.models.video.swin_transformer import PatchEmbed3d, SwinTransformer3d
+        except (ImportError, RuntimeError) as error:  # one of another build of torch fails with the latter
+            why = [f"torchvision does not import ({error}): pip install torchvision, of the build of this torch"]
+            return Contestant(lambda leaves: {}, why, False, "torchvision")
+        c = self.config
+        model = SwinTransformer3d(
+            list(video_swin.PATCH), c.embed_dim, list(c.depths), list(c.num_heads), list(c.window_size),
+            stochastic_depth_prob=0.0, num_classes=1, patch_embed=PatchEmbed3d,
+        ).to(self.device)  # fmt: skip
+        function = _Call(model, lambda clip: model.features(model.patch_embed(clip)))
+
+        def forward(leaves: Leaves) -> Leaves:
+            clip = self.clip.to(next(iter(leaves.values())))
+            names = {name.replace("0.", "patch_embed.", 1) if name[0] == "0" else f"encoder.{name[2:]}": x
+                     for name, x in leaves.items()}  # fmt: skip
+            theirs = weights.to_torchvision(names, self.config.window_size)
+            own = {f"model.{name}": x for name, x in theirs.items() if not name.endswith("position_index")}
+            with self._precision(leaves):
+                return {"out": torch.func.functional_call(function, own, (clip,)).to(clip.dtype)}
+
+        return Contestant(forward, [], False, "torchvision")
 
     def _model(self, impl: str) -> nn.Module:
         linear_impl: Any = "native" if impl == "native" else "reference"
@@ -127,7 +149,7 @@ def _dense_loss(features: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, co
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).to(logits.dtype).mean()
 
 
-class MaskedHead(_Model):
+class MaskedHead(Model):
     """The encoder's last two maps, and all parameters after the encoder -> the clips' loss and accuracy."""
 
     case: HeadCase
@@ -156,7 +178,9 @@ class MaskedHead(_Model):
         self.grads = {"loss": torch.randn(()).to(device)}
         rivals = {
             "dense": Baseline(self._dense, float_reasons),
-            "dense compiled": Baseline(torch.compile(self._dense, fullgraph=True, dynamic=False), compile_reasons),
+            "dense compiled": Baseline(
+                torch.compile(self._dense, fullgraph=True, dynamic=False), compile_reasons, compiles=True
+            ),
         }
         spec = Spec(device, self.dtype, True, classes=case.classes)
         op = "masked_linear_cross_entropy"
@@ -220,146 +244,3 @@ def _clip_masks(config: Config, clips: int) -> Tensor:
     side = config.data.crop // 16
     grid = (config.data.frames // 2, side, side)
     return torch.from_numpy(masking.generate(config.clip_mask, np.arange(clips), grid))
-
-
-class PretrainStep(_Model):
-    """A micro-batch of the joint recipe from uint8 frames, tokenizer included: parameters -> the sum of both losses.
-
-    "after" is the package's way. "before" is the official code's: all frames tokenized with all logits,
-    decoder and head on all positions, eager attention. The tokenizer's weights are random. It is judged in two parts:
-    codes at the masked positions by their float32 logits, against those that plain half precision picks; loss and
-    gradients on float32's codes, so that a code which differs is not an error of the model.
-    """
-
-    case: PretrainCase
-    names = ("after", "before")
-    quantities = (BOTH,)
-    least, warm = 3, 1  # a step takes a minute on a CPU
-
-    def __init__(self, case: PretrainCase, device: str) -> None:
-        from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer  # needs safetensors, which the others do not
-
-        super().__init__(case, device)
-        config = Config(model=replace(resized(ModelConfig(), case.size), drop_path=0.0))
-        data = replace(config.data, frames=case.frames, crop=case.side)
-        train = replace(config.train, precision="bfloat16" if self.dtype == torch.bfloat16 else "float32")
-        self.config = replace(config, data=data, train=train)
-        torch.manual_seed(0)
-        self.model = BEVT(self.config.model, 8192, device=device, dtype=self.dtype).to(device)
-        self.upstream = ReferenceBEVT(self.config.model, 8192, device=device, dtype=self.dtype).to(device)
-        encoder = DalleEncoder(case.tokenizer_width)
-        for conv in encoder.modules():
-            if isinstance(conv, nn.Conv2d):  # so that logits differ as much as pixels do
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        self.plain = copy.deepcopy(encoder).to(device).requires_grad_(False)
-        self.tokenizer = DalleTokenizer(encoder).to(torch.device(device))
-        side, images = self.config.data.crop, case.batch * case.images
-        image_masks = masking.generate(self.config.image_mask, np.arange(images), (1, side // 16, side // 16))
-        self.batch = Batch(
-            clips=torch.randint(256, (case.batch, case.frames, side, side, 3), dtype=torch.uint8),
-            clip_masks=_clip_masks(self.config, case.batch),
-            images=torch.randint(256, (images, side, side, 3), dtype=torch.uint8),
-            image_masks=torch.from_numpy(image_masks).squeeze(1),
-            image_jitter=None,
-        )
-        self.leaves = {name: leaf(p) for name, p in self.model.named_parameters()}
-        self.grads = {"loss": torch.randn(()).to(device)}
-        self.contestants = {
-            "after": Contestant(lambda x: self._loss(self.model, x, self._inputs()), [], True),
-            "before": Contestant(lambda x: self._loss(self.upstream, x, self._published_inputs()), [], False, "torch"),
-        }
-
-    def _inputs(self) -> Inputs:
-        return masked_inputs(self.batch, self.tokenizer, self.config, torch.device(self.device))
-
-    def _upstream_inputs(self) -> Inputs:
-        """As `masked_inputs`, with codes of every frame by the plain encoder and all of its logits."""
-        batch: Any = self.batch.to(torch.device(self.device))
-        clips, images = augment.to_encoder_clips(batch.clips), augment.to_encoder_images(batch.images)
-        clip_codes = self._plain_logits(batch.clips.flatten(0, 1)).argmax(1).unflatten(0, batch.clips.shape[:2])
-        return {
-            "clips": MaskedInput(clips, batch.clip_masks, clip_codes, 0),
-            "images": MaskedInput(images, batch.image_masks, self._plain_logits(batch.images).argmax(1), 0),
-        }
-
-    def _published_inputs(self) -> Inputs:
-        """`_upstream_inputs` in the published encoder's precision, float16 on CUDA."""
-        with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
-            return self._upstream_inputs()
-
-    @torch.no_grad()
-    def _plain_logits(self, frames: Tensor) -> Tensor:
-        """(M, H, W, 3) uint8 -> (M, V, h, w), in float32 but for autocast."""
-        view = augment.tokenizer_view(frames, self.config.data.crop // 2)
-        return self.plain(0.8 * view + 0.1)
-
-    def _loss(self, model: BEVT, leaves: Leaves, inputs: Inputs) -> Leaves:
-        """The sum of both streams' losses, with the leaves as the parameters of `model`."""
-        wide = next(iter(leaves.values())).dtype
-        inputs = {stream: replace(x, pixels=x.pixels.to(wide)) for stream, x in inputs.items()}
-        own = {f"model.{name}": p for name, p in leaves.items()}
-
-        def loss(**streams: MaskedInput) -> Tensor:
-            out = model(**streams)
-            return out["loss_clips"] + out["loss_images"]
-
-        with self._precision(leaves):
-            return {
-                "loss": torch.func.functional_call(_Call(model, loss), own, (), {str(s): x for s, x in inputs.items()})
-            }
-
-    def answer(self, name: str, frozen: bool = False) -> Leaves:
-        """Logits of the contestant's codes; loss and gradients on float32's codes."""
-        inputs = self._inputs() if name == "after" else self._published_inputs()
-        model = self.model if name == "after" else self.upstream
-        fixed = {stream: replace(x, codes=self.published[stream].codes) for stream, x in inputs.items()}
-        results = run(lambda leaves: self._loss(model, leaves, fixed), self.leaves, self.grads)
-        return {**results, "logits of the codes": self._logits_of(inputs)}
-
-    def _logits_of(self, inputs: Inputs) -> Tensor:
-        codes = torch.cat([x.codes[_positions(x)] for _, x in sorted(inputs.items())])
-        return self.logits.gather(1, codes[:, None]).squeeze(1)
-
-    def truth(self) -> tuple[Leaves, Leaves]:
-        """Sets `published` and `logits`, which `answer` needs: float32's codes, and logits at the masked positions."""
-        batch: Any = self.batch.to(torch.device(self.device))
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            self.published = self._upstream_inputs()
-            pairs = (
-                (batch.clips.flatten(0, 1), _positions(self.published["clips"]).flatten(0, 1)),
-                (batch.images, _positions(self.published["images"])),
-            )
-            pieces = (piece for frames, mask in pairs for piece in zip(frames.split(4), mask.split(4)))
-            self.logits = torch.cat([self._plain_logits(f).movedim(1, -1)[mask] for f, mask in pieces])
-        precision = self.tokenizer.precision
-        with torch.autocast(self.device, precision, enabled=precision.itemsize < 4):
-            half = self._logits_of(self._upstream_inputs())
-        plain = lambda leaves: self._loss(self.upstream, leaves, self.published)  # noqa: E731
-        double = {name: leaf(x.double()) for name, x in self.leaves.items()}
-        oracle = run(plain, double, {"loss": self.grads["loss"].double()})
-        eager = run(plain, self.leaves, self.grads)
-        what = "logits of the codes"
-        return {**oracle, what: self.logits.amax(1).double()}, {**eager, what: half}
-
-    def work(self) -> dict[str, Work]:
-        """The model's at the masked positions, and the tokenizer's on the frames that hold one."""
-        inputs = self._upstream_inputs()
-        slots = {stream: int(_positions(x).sum()) for stream, x in inputs.items()}
-        frames = sum(int(_positions(x).any(-1).any(-1).sum()) for x in inputs.values())
-        meta = {
-            stream: MaskedInput(x.pixels.to("meta"), x.mask.to("meta"), x.codes.to("meta"), slots[stream])
-            for stream, x in inputs.items()
-        }
-        config = plain(self.config.model)
-        with torch.device("meta"):
-            model = BEVT(config, 8192)
-        step = sum(counted(lambda leaves: self._loss(model, leaves, meta), self.leaves, self.grads))
-        view = self.config.data.crop // 2
-        encoder, frame = copy.deepcopy(self.plain).to("meta"), {"frame": torch.empty(1, 3, view, view)}
-        tokens, _ = counted(lambda leaves: {"logits": encoder(leaves["frame"])}, frame, {})
-        return {BOTH: Work(step + frames * tokens)}
-
-
-def _positions(x: MaskedInput) -> Tensor:
-    """The mask as the codes lie: clips (B, T, h, w), images (M, h, w)."""
-    return x.mask.repeat_interleave(2, dim=1) if x.mask.dim() == 4 else x.mask

@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.problems.base import Forward, Leaves, Problem, Work, contestants, counted, leaf, run
 from benchmarks.registry import QUANTITIES
 
-FORWARD, _, BOTH, _ = QUANTITIES
+FORWARD, _, BOTH, FROZEN, _ = QUANTITIES
 
 
 class WindowAttention(Problem):
@@ -38,7 +38,7 @@ class WindowAttention(Problem):
 
     case: WindowCase
     names = (*IMPLEMENTATIONS, *WINDOW_ATTENTION)
-    quantities = QUANTITIES
+    quantities = (*Problem.quantities, FROZEN)
     frozen = "bias_table"
 
     def __init__(self, case: WindowCase, device: str) -> None:
@@ -82,7 +82,7 @@ class WindowAttention(Problem):
         flop = {"forward": forward, "backward": backward}
         works = {k: Work(flop[k], round(flop[k] * unmasked), moved[k]) for k in flop}
         both = Work(forward + backward, round((forward + backward) * unmasked), sum(moved.values()))
-        return {**works, "forward+backward": both, "forward+backward, frozen table": both}
+        return {**works, "forward+backward": both, FROZEN: both}
 
 
 class MaskedLinearCrossEntropy(Problem):

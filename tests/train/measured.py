@@ -16,7 +16,7 @@ import sys
 import torch
 
 from benchmarks.memory import high_water, resident
-from benchmarks.train_step import synthetic_batch
+from benchmarks.problems.train import synthetic_batch
 from bevt.config import Config, from_dict
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import memory

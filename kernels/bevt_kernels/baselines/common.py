@@ -25,6 +25,8 @@ class Baseline(NamedTuple):
     """The distribution whose version it depends on."""
     lacks: str = ""
     """What of the op's task it does not do, and is timed without."""
+    compiles: bool = False
+    """Whether it is compiled for each case."""
 
 
 @functools.cache

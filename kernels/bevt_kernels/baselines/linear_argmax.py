@@ -41,6 +41,6 @@ def _half_reasons(spec: Spec) -> list[str]:
 
 LINEAR_ARGMAX: dict[str, Baseline] = {
     "eager": Baseline(eager, float_reasons),
-    "eager compiled": Baseline(eager_compiled, compile_reasons),
+    "eager compiled": Baseline(eager_compiled, compile_reasons, compiles=True),
     "eager half": Baseline(eager_half, _half_reasons),
 }

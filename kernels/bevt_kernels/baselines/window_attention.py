@@ -165,9 +165,9 @@ def _flex_reasons(spec: Spec) -> list[str]:
 
 WINDOW_ATTENTION: dict[str, Baseline] = {
     "eager": Baseline(eager, float_reasons),
-    "eager compiled": Baseline(eager_compiled, compile_reasons),
+    "eager compiled": Baseline(eager_compiled, compile_reasons, compiles=True),
     "sdpa": Baseline(sdpa, float_reasons),
-    "flex": Baseline(flex, _flex_reasons),
+    "flex": Baseline(flex, _flex_reasons, compiles=True),
     "xformers": Baseline(xformers, package_reasons("xformers"), "xformers"),
 }
 """By the name that a benchmark's row carries."""

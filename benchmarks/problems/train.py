@@ -1,0 +1,227 @@
+"""A whole training step, update included, on random pixels under the recipe's masks."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.problems.base import Contestant, Leaves, Work
+from benchmarks.problems.models import Model
+from benchmarks.registry import QUANTITIES, TrainCase
+from bevt import masking
+from bevt.config import Config, MaskConfig, resized, tokenizer_settings
+from bevt.data.batch import Batch
+from bevt.models.region import compile_regions
+from bevt.recipes import RECIPES
+from bevt.tokenizers import Tokenizer
+from bevt.tokenizers.cache import TokenCache
+from bevt.train.distributed import World
+from bevt.train.optim import build_optimizer
+from bevt.train.phases import PHASES
+from bevt.train.step import TrainStep, masked_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bevt.models.bevt import MaskedInput, Stream
+
+NEEDS = {"safetensors": "tokenizers' files", "rich": "the trainer"}
+"""Packages that the ops' problems do without."""
+AGREEMENT = 0.995
+"""Of a path's codes with the reference path's in float32, at least: what half precision is allowed."""
+RATE = 1e-5
+"""Learning rate of the steps that are timed."""
+
+
+def synthetic_batch(config: Config) -> Batch:
+    """A micro-batch of random pixels under the recipe's masks."""
+    t, d = config.train, config.data
+    side, seeds = d.crop // 16, {"clips": np.arange(t.micro_clips), "images": np.arange(t.micro_images)}
+
+    def masks(settings: MaskConfig, stream: str, depth: int) -> Tensor:
+        return torch.from_numpy(masking.generate(settings, seeds[stream], (depth, side, side)))
+
+    random = torch.Generator().manual_seed(0)
+    return Batch(
+        clips=torch.randint(256, (t.micro_clips, d.frames, d.crop, d.crop, 3), generator=random, dtype=torch.uint8),
+        clip_masks=masks(config.clip_mask, "clips", d.frames // 2),
+        images=torch.randint(256, (t.micro_images, d.crop, d.crop, 3), generator=random, dtype=torch.uint8),
+        image_masks=masks(config.image_mask, "images", 1)[:, 0],
+        image_jitter=torch.tensor([[1.1, 0.9, 1.2, 2.0, 0.0, 1.0]]).repeat(t.micro_images, 1),
+        clip_seeds=torch.from_numpy(seeds["clips"]),
+        image_seeds=torch.from_numpy(seeds["images"]),
+        clip_slots=torch.arange(t.micro_clips),
+        image_slots=torch.arange(t.micro_images),
+    )
+
+
+class TrainingStep(Model):
+    """The joint recipe's step on the fused and on the reference path, as `bevt pretrain` builds them.
+
+    It is judged on one clip and two images, in two parts: codes at the masked positions by how many agree with those
+    of the reference path in float32; loss and gradients on those codes, so that a code which differs is not an error
+    of the model.
+    """
+
+    case: TrainCase
+    names = ("fused", "reference")
+    quantities = QUANTITIES[-1:]
+    least, warm = 3, 1  # a step takes seconds on a CPU
+
+    def __init__(self, case: TrainCase, device: str) -> None:
+        super().__init__(case, device)
+        self.leaves, self.grads = {}, {}
+        missing = [f"needs {name} for {what}: pip install {name}" for name, what in NEEDS.items() if not _has(name)]
+        self.contestants = {n: Contestant(lambda leaves: {}, missing, n == "fused") for n in self.names}
+        self.precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        self.seconds: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
+        self.steps: dict[str, TrainStep] = {}
+        self.batch = synthetic_batch(self._config("fused"))
+        self.folder = tempfile.TemporaryDirectory()
+
+    def _config(self, path: str, precision: str = "", clips: int = 0, images: int = 0) -> Config:
+        """The joint recipe at the case's size, as one micro-batch."""
+        base, case = RECIPES["joint_stage"](), self.case
+        clips, images = clips or case.batch, images or case.batch * case.images
+        train: Any = {
+            **{"clips": clips, "images": images, "micro_clips": clips, "micro_images": images},
+            "precision": precision or self.precision,
+        }
+        return replace(
+            base,
+            path=path,  # type: ignore[arg-type]
+            model=resized(base.model, case.size),
+            data=replace(base.data, frames=case.frames, crop=case.side),
+            train=replace(base.train, **train),
+        )
+
+    def _trainer(self, config: Config, cached: bool = False) -> TrainStep:
+        """What steps a seeded model; `cached`: with a token cache, which is empty."""
+        from bevt.train.loop import build_model
+
+        device = torch.device(self.device)
+        tokenizer = _tokenizer(self.case.tokenizer, config, device)
+        cache = None
+        if cached:
+            config = replace(config, tokenizer=replace(config.tokenizer, cache=self.folder.name))
+            views: dict[str, tuple[dict[str, Any], int]] = {
+                "clips": ({"files": "random"}, config.train.clips),
+                "images": ({"files": "random"}, config.train.images),
+            }
+            cache = TokenCache.open(config, tokenizer, "random weights", device, views)
+        torch.manual_seed(1)
+        model = build_model(config, tokenizer.vocab_size, device)
+        if config.path == "fused" and self.device == "cuda":  # `train.compile`'s default
+            compile_regions(model)
+        optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
+        return TrainStep(model, tokenizer, optimizer, config, World(0, 1, device), cache)
+
+    def step(self, name: str, frozen: bool = False, mark: Callable[[], None] = lambda: None) -> Leaves:
+        """One update; its model stays for the next."""
+        if name not in self.steps:
+            self.steps[name] = self._trainer(self._config(name), self.case.tokenizer == "kept" and name == "fused")
+        mark()
+        step = self.steps[name]
+        step.phases.start()
+        step(RATE, [self.batch])
+        self.seconds[name].append(step.phases.read())  # waits for the device
+        return {}
+
+    def kept(self, name: str) -> int:
+        """Weights, moments and the tokenizer's weights."""
+        step = self.steps[name]
+        moments = (x for state in step.optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+        frozen = getattr(step.tokenizer, "encoder", None)
+        tensors = [*step.model.parameters(), *moments, *(frozen.parameters() if isinstance(frozen, nn.Module) else ())]
+        return sum(x.nbytes for x in tensors)
+
+    def notes(self, name: str, rounds: int) -> dict[str, Any]:
+        """Seconds of each phase, medians."""
+        taken = self.seconds[name][-rounds:]
+        return {"seconds": {phase: float(f"{np.median([each[phase] for each in taken]):.5g}") for phase in PHASES}}
+
+    def answer(self, name: str, frozen: bool = False) -> Leaves:
+        """Losses and gradients on float32's codes, and the contestant's own codes."""
+        inputs, step = self._judged(name, self.precision)
+        codes = self._codes(inputs)
+        return {**self._gradients(inputs, step), "codes": codes}
+
+    def truth(self) -> tuple[Leaves, Leaves]:
+        """Of the reference path; sets `codes`, which `answer` needs."""
+        inputs, _ = self._judged("reference", "float32")
+        self.codes = self._codes(inputs)
+        wide, same = (self._trainer(self._config("reference", p, 1, 2)) for p in ("float64", self.precision))
+        return self._gradients(inputs, wide), self._gradients(inputs, same)
+
+    def _judged(self, path: str, precision: str) -> tuple[dict[Stream, MaskedInput], TrainStep]:
+        """One clip and two images as the model takes them, and what steps a new model."""
+        config = self._config(path, precision, 1, 2)
+        step = self._trainer(config)
+        batch = synthetic_batch(config)
+        inputs = masked_inputs(batch, step.tokenizer, config, torch.device(self.device))
+        seeds = {"clips": batch.clip_seeds, "images": batch.image_seeds}
+        return {stream: step._dropped(x, seeds[stream]) for stream, x in inputs.items()}, step
+
+    @staticmethod
+    def _codes(inputs: dict[Stream, MaskedInput]) -> Tensor:
+        """(K,) at the masked positions."""
+        return torch.cat([x.codes[_positions(x)] for x in inputs.values()])
+
+    def _gradients(self, inputs: dict[Stream, MaskedInput], step: TrainStep) -> Leaves:
+        """Losses and gradients of the model that `step` has, on `self.codes`."""
+        results: Leaves = {}
+        parts = self.codes.split([int(_positions(x).sum()) for x in inputs.values()])
+        for (stream, x), part in zip(inputs.items(), parts):
+            codes = x.codes.masked_scatter(_positions(x), part)
+            share = {stream: torch.ones((), dtype=torch.float64, device=codes.device)}
+            found = step.run({stream: replace(x, codes=codes)}, share, True)
+            results[f"loss.{stream}"] = found[f"loss_{stream}"]
+        grads = {f"grad {name}": p.grad for name, p in step.model.named_parameters()}
+        return results | {name: grad for name, grad in grads.items() if grad is not None}
+
+    def check(self, results: Leaves, oracle: Leaves, eager: Leaves, note: str, times: float) -> None:
+        """By the error rule, but for codes."""
+        codes = results.pop("codes")
+        same = float((codes == self.codes).double().mean())
+        assert same >= AGREEMENT, f"codes{note}: {100 * same:.2f} % agree with float32's, expected {100 * AGREEMENT} %"
+        super().check(results, oracle, eager, note, times)
+
+    def work(self) -> dict[str, Work]:
+        """Decoders, head and tokenizer at masked positions and frames, as many as there are on average."""
+        from bevt import budget
+
+        config = self._config("fused")
+        if self.case.tokenizer == "vq":
+            config = replace(config, tokenizer=replace(config.tokenizer, kind="vq"))
+        tokenizing, training = budget.step_flop(config)
+        return {QUANTITIES[-1]: Work(round(training + tokenizing * (self.case.tokenizer != "kept")))}
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _tokenizer(kind: Literal["dalle", "vq", "kept"], config: Config, device: torch.device) -> Tokenizer:
+    """Of random weights, whose logits differ as much as pixels do."""
+    from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
+    from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+
+    torch.manual_seed(0)
+    if kind == "vq":
+        return VQTokenizer(VQModel(VQConfig()), tokenizer_settings(config)).to(device)
+    encoder = DalleEncoder()
+    for conv in encoder.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return DalleTokenizer(encoder, tokenizer_settings(config)).to(device)
+
+
+def _positions(x: MaskedInput) -> Tensor:
+    """The mask as the codes lie: clips (B, T, h, w), images (M, h, w)."""
+    return x.mask.repeat_interleave(2, dim=1) if x.mask.dim() == 4 else x.mask

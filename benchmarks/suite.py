@@ -1,0 +1,151 @@
+"""`make bench`, `make bench-gpu`: the ops' tests, then every benchmark of this device, in order of worth.
+
+Works from the source tree without installing. Each part is a process of its own, so that a fault in one leaves the
+others; its rows are in benchmarks/results, and in the folder $OUT where that is set, as soon as a case is done. Begun
+again, it measures what has no rows of this code, machine and versions yet; `--again` measures all. What rests on a test
+that is red is not measured. `--dry-run` lists the parts and compiles every Triton kernel for every architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from benchmarks import rows, verify
+from benchmarks.problems import KINDS
+from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, Part
+
+SECONDS = {"cpu": 3600.0, "cuda": 480.0}
+"""For a whole run."""
+ROUNDS = {"cpu": 4.0, "cuda": 1.0}
+"""Seconds for the timed rounds of a case."""
+GRACE = 30.0
+"""What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
+COMMANDS = {
+    "tokenizer": "what tokenizing only frames with a masked position saves; layouts, precisions",
+    "data": "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
+}
+"""The parts that are no op: commands of this package."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 1 where a test is red or a part failed, 2 where it cannot begin."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=PARTS)
+    parser.add_argument("--part", action="append", default=[], help="a part, or all of an op; may be repeated")
+    parser.add_argument("--again", action="store_true", help="what has rows already too")
+    parser.add_argument("--dry-run", action="store_true", help="list the parts, compile the kernels, measure nothing")
+    parser.add_argument("--time-limit", type=float, help=f"seconds; default: {SECONDS}")
+    args = parser.parse_args(arguments)
+    parts = [part for part in PARTS[args.device] if not args.part or {part.name, part.op}.intersection(args.part)]
+    for wanted in args.part:
+        if not any(wanted in (part.name, part.op) for part in parts):
+            names = ", ".join(repr(part.name) for part in PARTS[args.device])
+            print(f"no part {wanted!r} for {args.device}; there are: {names}", file=sys.stderr)
+            return 2
+    if args.dry_run:
+        return dry_run(args.device, parts)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("needs a CUDA GPU: torch sees none (--dry-run needs none)", file=sys.stderr)
+        return 2
+    return measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device])
+
+
+def measure(device: str, parts: Sequence[Part], again: bool, seconds: float) -> int:
+    """Tests, then the parts, for at most `seconds`; returns the exit code."""
+    start = time.monotonic()
+    red = _red_tests(device, parts)
+    outcomes: list[tuple[Part, str]] = []
+    for i, part in enumerate(parts):
+        begun = time.monotonic()
+        left = start + seconds - begun - GRACE
+        print(f"\n== {part.name} ({i + 1} of {len(parts)}, {begun - start:.0f} s in)", flush=True)
+        if part.op in OPS and red.intersection(OPS[part.op].tests):
+            outcome = "not measured: its tests are red"
+        elif left < GRACE:
+            outcome = "not measured: out of time"
+        elif part.op in COMMANDS and not again and _has_rows(part.op, device):
+            outcome = "has rows of this code and machine"
+        else:
+            outcome = _run(_command(part, device, again, left), left + GRACE)
+        outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
+    print(f"\n{'part':50}outcome")
+    print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
+    print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
+    return int(bool(red) or any(not outcome.startswith(("done", "has rows")) for _, outcome in outcomes))
+
+
+def _red_tests(device: str, parts: Sequence[Part]) -> set[str]:
+    """Patterns of the parts' tests that are not green; what one leaves of the time, the others get."""
+    start = time.monotonic()
+    patterns = list(dict.fromkeys(pattern for part in parts if part.op in OPS for pattern in OPS[part.op].tests))
+    red = set()
+    for i, pattern in enumerate(patterns):
+        share = max(1.0, start + TEST_SECONDS[device] - time.monotonic()) / (len(patterns) - i)
+        try:
+            print(verify.green([pattern], device, share), flush=True)
+        except verify.GateClosed as closed:
+            print(closed, file=sys.stderr)
+            red.add(pattern)
+    return red
+
+
+def _has_rows(op: str, device: str) -> bool:
+    return rows.measured(rows.path(op), rows.environment(device), op=op)
+
+
+def _command(part: Part, device: str, again: bool, left: float) -> list[str]:
+    if part.op in COMMANDS:
+        return [part.op]
+    missing = [] if again else ["--missing"]
+    timing = ["--seconds", str(ROUNDS[device]), "--time-limit", f"{left:.0f}"]
+    # The plain PyTorch rival of a kernel is "eager"; our own reference is for tests.
+    ours = ["--impl", "triton" if device == "cuda" else "native"]
+    return ["run", part.op, "--group", part.group, "--device", device, *timing, *ours, *missing]
+
+
+def _run(words: list[str], seconds: float) -> str:
+    """How a command of this package ended."""
+    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
+    try:
+        done = subprocess.run(
+            command, cwd=verify.ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "out of time"
+    return "done" if done.returncode == 0 else f"ended with {done.returncode}"
+
+
+def dry_run(device: str, parts: Sequence[Part]) -> int:
+    """Each part, its inputs and its time; then all kernels' machine code. Returns the exit code."""
+    tests = sorted({pattern for part in parts if part.op in OPS for pattern in OPS[part.op].tests})
+    print(f"first the tests, at most {TEST_SECONDS[device]:.0f} s: {' '.join(tests)}")
+    for part in parts:
+        print(f"\n{part.name}: about {part.seconds:.0f} s")
+        if part.op in COMMANDS:
+            print(f"  {COMMANDS[part.op]}")
+            continue
+        print(f"  {DTYPES[device]}, contestants: {', '.join(KINDS[part.op].names)}")
+        for name, entry in OPS[part.op].cases.items():
+            if entry.group == part.group and device in entry.batch:
+                shape = ", ".join(f"{key} {value}" for key, value in asdict(entry.case).items())
+                few = "" if entry.compiled else "; without what is compiled for each case"
+                print(f"  {name}: {entry.batch[device]} times {shape}{few}")
+    whole = sum(part.seconds for part in parts)
+    print(f"\n{len(parts)} parts, about {whole:.0f} s and the tests' {TEST_SECONDS[device]:.0f} s (estimated)")
+    if device == "cpu":
+        return 0
+    print("\nevery Triton kernel, ahead of time:", flush=True)
+    return subprocess.run([sys.executable, "-m", "benchmarks.aot", "--all"], cwd=verify.ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench-gpu lint format clean
+.PHONY: setup demo test bench-gpu plots lint format clean
 
 setup: $(READY)
 
@@ -35,6 +35,11 @@ test: $(VENV)/.test
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
+
+# Pictures and the README's table of the rows in benchmarks/results, after new ones.
+plots: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.plots
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.readme
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

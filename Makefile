@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench bench-gpu lint format clean
+.PHONY: setup demo test bench bench-gpu plots lint format clean
 
 setup: $(READY)
 
@@ -41,6 +41,11 @@ bench: $(VENV)/.test
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.suite cuda $(ARGS)
+
+# Pictures and the README's table of the rows in benchmarks/results, after new ones.
+plots: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.plots
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.readme
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(row)
         print(f"auto: {report.choice.name}, {report.choice.why}")
         quantity = f"{data.frames} frames, stride {data.stride}" if kind == "clips" else "1 image"
+        rows_of_case += [{"contestant": name, "absent": why} for name, why in report.refused.items()]
         auto = {"auto": report.choice.name, "auto_why": report.choice.why}
         found += [{**common, "case": case, "quantity": quantity, **row, **auto} for row in rows_of_case]
     rows.save(args.out, found)

@@ -9,12 +9,14 @@ that is red is not measured. `--dry-run` lists the parts and compiles every Trit
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 
@@ -28,11 +30,29 @@ ROUNDS = {"cpu": 4.0, "cuda": 1.0}
 """Seconds for the timed rounds of a case."""
 GRACE = 30.0
 """What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
+
+
+class Command(NamedTuple):
+    """A part that is no op: another command of this package."""
+
+    about: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...]
+    """Modules that the ops do without."""
+
+
 COMMANDS = {
-    "tokenizer": "what tokenizing only frames with a masked position saves; layouts, precisions",
-    "data": "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
+    "tokenizer": Command(
+        "what tokenizing only frames with a masked position saves; layouts, precisions",
+        ("--seconds", "15", "--threads", str(torch.get_num_threads())),
+        ("safetensors",),
+    ),
+    "data": Command(
+        "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
+        ("--seconds", "2"),
+        ("av", "PIL", "rich"),
+    ),
 }
-"""The parts that are no op: commands of this package."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,13 +93,17 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float) -> 
             outcome = "not measured: out of time"
         elif part.op in COMMANDS and not again and _has_rows(part.op, device):
             outcome = "has rows of this code and machine"
+        elif missing := [name for name in _needs(part.op) if importlib.util.find_spec(name) is None]:
+            outcome = f"not measured: needs {', '.join(missing)}"
+            absent = {"op": part.op, "case": "all", "device": device, "absent": outcome}
+            rows.save(rows.path(part.op), [{**rows.environment(device), **absent}])
         else:
             outcome = _run(_command(part, device, again, left), left + GRACE)
         outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
     print(f"\n{'part':50}outcome")
     print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
     print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
-    return int(bool(red) or any(not outcome.startswith(("done", "has rows")) for _, outcome in outcomes))
+    return int(bool(red) or any(outcome.startswith("ended with") for _, outcome in outcomes))
 
 
 def _red_tests(device: str, parts: Sequence[Part]) -> set[str]:
@@ -97,13 +121,17 @@ def _red_tests(device: str, parts: Sequence[Part]) -> set[str]:
     return red
 
 
+def _needs(op: str) -> tuple[str, ...]:
+    return COMMANDS[op].needs if op in COMMANDS else ()
+
+
 def _has_rows(op: str, device: str) -> bool:
     return rows.measured(rows.path(op), rows.environment(device), op=op)
 
 
 def _command(part: Part, device: str, again: bool, left: float) -> list[str]:
     if part.op in COMMANDS:
-        return [part.op]
+        return [part.op, *COMMANDS[part.op].words]
     missing = [] if again else ["--missing"]
     timing = ["--seconds", str(ROUNDS[device]), "--time-limit", f"{left:.0f}"]
     # The plain PyTorch rival of a kernel is "eager"; our own reference is for tests.
@@ -131,7 +159,7 @@ def dry_run(device: str, parts: Sequence[Part]) -> int:
     for part in parts:
         print(f"\n{part.name}: about {part.seconds:.0f} s")
         if part.op in COMMANDS:
-            print(f"  {COMMANDS[part.op]}")
+            print(f"  {COMMANDS[part.op].about}")
             continue
         print(f"  {DTYPES[device]}, contestants: {', '.join(KINDS[part.op].names)}")
         for name, entry in OPS[part.op].cases.items():

@@ -1,5 +1,6 @@
 """The benchmarks' own promises: nothing wrong is timed, rows are kept and complete, work is counted right."""
 
+import importlib.util
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from bevt_kernels import baselines
 from bevt_kernels.testing import ArgmaxCase, LossCase, WindowCase
 from bevt_kernels.window_attention import reference
 
-from benchmarks import gpu, memory, problems, registry, rows, run, timing, verify
-from benchmarks.registry import OPS, Case, Entry, HeadCase, Op, PretrainCase, StepCase
+from benchmarks import limits, memory, problems, registry, rows, run, suite, timing, verify
+from benchmarks.limits import Limits
+from benchmarks.registry import OPS, PARTS, Case, Entry, HeadCase, Op, Part, StepCase, TrainCase, VideoMAECase
 
 SMALL = WindowCase(1, (2, 6, 6), (2, 3, 3), (0, 1, 1), heads=2, head_dim=16)
 CASES: dict[str, Case] = {
@@ -32,7 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, case in CASES.items():
         monkeypatch.setitem(OPS, op, Op({"small": Entry("cpu", case, {"cpu": 2})}, ("none",)))
     monkeypatch.setattr(verify, "green", lambda *_: "tests: green")
-    monkeypatch.setattr(memory, "peaks", lambda *_: memory.Peaks(2**20, 2**21, 2**19))
+    monkeypatch.setattr(memory, "peaks", lambda *args: dict.fromkeys(args[3], memory.Peaks(2**20, 2**21, 2**19)))
+    monkeypatch.setattr(limits, "measure", lambda *_: Limits(1e12, 1e11))
     for rivals in (baselines.WINDOW_ATTENTION, baselines.MASKED_LINEAR_CROSS_ENTROPY, baselines.LINEAR_ARGMAX):
         monkeypatch.delitem(rivals, "eager compiled")  # takes 15 s of g++
     monkeypatch.setattr(run, "SECONDS", {"cpu": 0.0})
@@ -56,20 +60,28 @@ def test_a_run_writes_complete_rows(small: None, out: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "flex cannot run: FlexAttention has no backward on the CPU" in text
     assert "within the error rule: reference, eager, sdpa" in text
-    got = lines(out)
+    got = [row for row in lines(out) if "absent" not in row]
     both = {row["contestant"]: row for row in got if row["quantity"] == "forward+backward"}
     assert set(both) == {"reference", "eager", "sdpa"}
-    assert {row["quantity"] for row in got} == set(registry.QUANTITIES)
+    assert {row["quantity"] for row in got} == set(registry.QUANTITIES[:4])
     row = both["reference"]
     assert set(row["speedup"]) == {"eager", "sdpa"}
     assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert (row["peak_mib"], row["scratch_mib"], row["rounds"], row["problem"]["batch"]) == (2, 1.5, 5, 2)
     assert row["flop"] == 7 * 2 * (2 * 72) * 18 * 32  # seven products of 2 * tokens * N * C
-    assert row["percent_of_limit"] is None  # nobody has named this CPU's limits
+    assert row["limits"] == {"flops": 1e12, "bandwidth": 1e11}
+    least = max(row["flop_unmasked"] / 1e12, row["bytes"] / 1e11)
+    assert row["percent_of_limit"] == pytest.approx(100 * 1e3 * least / row["p50_ms"], rel=1e-3)
+    assert row["limit"] == ("memory" if row["bytes"] / 1e11 == least else "arithmetic")
     assert both["eager"]["surcharge_over_frozen"] is None
     assert row["surcharge_over_frozen"] > -1
-    for name in ("commit", "dirty", "tree", "date", "machine", "versions"):
+    assert (row["ours"], both["eager"]["ours"]) == (True, False)
+    for name in ("commit", "dirty", "tree", "date", "machine", "versions", "clocks"):
         assert name in row
+    absent = {row["contestant"]: row for row in lines(out) if "absent" in row}
+    assert set(absent) == {"flex", "xformers"}
+    assert "FlexAttention has no backward on the CPU" in absent["flex"]["absent"]
+    assert absent["flex"]["p50_ms"] is None
     assert not re.search(r'"/|' + re.escape(os.uname().nodename), out.read_text())
 
 
@@ -80,7 +92,7 @@ def test_the_loss_has_rows_of_the_whole_step_and_of_what_rivals_lack(
     text = capsys.readouterr().out
     assert "torch linear_cross_entropy gives no accuracy" in text
     assert "liger cannot run: liger_kernel is not installed: pip install liger-kernel" in text
-    got = {row["contestant"]: row for row in lines(out)}
+    got = {row["contestant"]: row for row in lines(out) if "absent" not in row}
     assert {row["quantity"] for row in got.values()} == {"forward+backward"}
     assert (got["eager"]["lacks"], got["torch linear_cross_entropy"]["lacks"]) == (None, "accuracy")
     assert got["reference"]["flop"] == 3 * 2 * (2 * 20) * 16 * 61  # three products over the used slots of two clips
@@ -90,7 +102,7 @@ def test_the_loss_has_rows_of_the_whole_step_and_of_what_rivals_lack(
 def test_an_op_without_gradients_has_rows_of_its_forward(small: None, out: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(out, op="linear_argmax") == 0
     assert "eager half cannot run: is eager itself in torch.float32" in capsys.readouterr().out
-    got = {row["contestant"]: row for row in lines(out)}
+    got = {row["contestant"]: row for row in lines(out) if "absent" not in row}
     assert set(got) == {"reference", "eager"}
     row = got["reference"]
     assert (row["quantity"], row["flop"]) == ("forward", 2 * (2 * 50) * 16 * 61)
@@ -159,7 +171,7 @@ def test_a_wrong_or_broken_rival_is_not_timed(
     text = capsys.readouterr().out
     assert "sdpa is not timed: RuntimeError: no kernel image" in text
     assert "wrong is not timed: AssertionError: out: mean error" in text
-    assert {row["contestant"] for row in lines(out)} == {"reference", "eager"}
+    assert {row["contestant"] for row in lines(out) if "absent" not in row} == {"reference", "eager"}
 
 
 def test_red_tests_stop_the_run(
@@ -276,7 +288,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_registered_cases_are_possible(case: Case) -> None:
-    if isinstance(case, StepCase | PretrainCase):
+    if isinstance(case, StepCase | TrainCase | VideoMAECase):
         assert case.side % 32 == 0
     elif isinstance(case, LossCase):
         assert case.used <= case.slots <= case.rows
@@ -295,9 +307,16 @@ def test_the_case_of_a_clip_grows_with_the_batch(monkeypatch: pytest.MonkeyPatch
     assert problems.build("masked_linear_cross_entropy", "a", "cpu").case == LossCase(36, 4, 5, 27, 21)
 
 
-def test_every_gpu_case_is_in_the_gpu_run() -> None:
-    wanted = {(op, entry.group) for op in OPS for entry in OPS[op].cases.values() if "cuda" in entry.batch}
-    assert set(registry.GPU_ORDER) == wanted
+@pytest.mark.parametrize("where", PARTS)
+def test_every_case_is_in_a_part(where: str) -> None:
+    """Of the whole run of its device."""
+    wanted = {(op, entry.group) for op in OPS for entry in OPS[op].cases.values() if where in entry.batch}
+    assert {(part.op, part.group) for part in PARTS[where] if part.op in OPS} == wanted
+    assert {part.op for part in PARTS[where]} - set(OPS) == set(suite.COMMANDS)
+
+
+def test_a_gpu_run_is_planned_for_eight_minutes() -> None:
+    assert sum(part.seconds for part in PARTS["cuda"]) + registry.TEST_SECONDS["cuda"] <= suite.SECONDS["cuda"] == 480
 
 
 def test_counted_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,18 +362,20 @@ def test_masked_head_equals_the_dense_form() -> None:
     assert problem.work()["forward+backward"].flop == 6 * products
 
 
-def test_micro_batch_is_the_same_before_and_after() -> None:
-    problem = problems.PretrainStep(PretrainCase(1, "tiny", 1, frames=2, side=96, tokenizer_width=8), "cpu")
-    assert set(problem.names) == set(problem.contestants)
-    oracle, eager = (problem.judged(results) for results in problem.truth())
+@pytest.mark.parametrize("kind", ["dalle", "vq"])
+def test_training_step_is_the_same_on_both_paths(kind: str) -> None:
+    problem = problems.TrainingStep(TrainCase(1, "tiny", 1, kind, frames=2, side=96), "cpu")  # type: ignore[arg-type]
+    assert verify.contestants(problem, ["fused", "reference"]) == (["fused", "reference"], {})
     for name in problem.names:
-        problem.check(problem.judged(problem.answer(name)), oracle, eager, f" {name}", 2)
-    assert problem.work()["forward+backward"].flop > 0
-    right = problem.tokenizer.encode
-    problem.tokenizer.encode = lambda pixels: (right(pixels) + 1) % 8192  # type: ignore[method-assign]
-    codes = {"logits of the codes": problem._logits_of(problem._inputs())}
-    with pytest.raises(AssertionError, match="logits of the codes: mean error"):
-        problem.check(codes, oracle, eager, "", 2)
+        problem.step(name)
+        assert problem.notes(name, 1)["seconds"]["encoder"] > 0
+        weights = sum(p.nbytes for p in problem.steps[name].model.parameters())
+        assert 3 * weights < problem.kept(name)  # and two moments
+    assert problem.work()["step"].flop > 0
+    wrong = problem.judged(problem.answer("fused"))
+    wrong["codes"] = (wrong["codes"] + 1) % 8192
+    with pytest.raises(AssertionError, match=r"codes: 0\.00 % agree with float32's, expected 99\.5 %"):
+        problem.check(wrong, {}, {}, "", 2)
 
 
 def test_encoder_step_is_the_same_by_eager_attention() -> None:
@@ -368,8 +389,9 @@ def test_encoder_step_is_the_same_by_eager_attention() -> None:
 @pytest.mark.skipif(not memory.RESET.exists(), reason="peak memory on a CPU is read from Linux' /proc")
 def test_peak_memory_sees_the_scores_of_the_eager_form() -> None:
     problem = problems.build("window_attention", "cpu target", "cpu")
-    peaks = memory.peaks(problem, "window_attention", "cpu target", "eager", 1)
-    assert peaks is not None
+    found = memory.peaks(problem, "window_attention", "cpu target", ["reference", "eager"], 1)
+    assert set(found) == {"reference", "eager"}
+    peaks = found["eager"]
     scores = 16 * 4 * 392**2 * 4
     assert 2 * scores < peaks.forward < peaks.both < 8 * scores
     qkv, table = (x.nbytes for x in problem.leaves.values())
@@ -377,9 +399,9 @@ def test_peak_memory_sees_the_scores_of_the_eager_form() -> None:
 
 
 def test_a_gpu_machine_needs_few_packages() -> None:
-    """`make bench-gpu` says which are enough; the micro-batch alone needs safetensors too."""
+    """`make bench-gpu` says which are enough; steps, tokenizer and loader need more, and rows say what."""
     others = ["safetensors", "tyro", "rich", "PIL", "av", "matplotlib", "tensorboard"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import benchmarks.gpu, benchmarks.run"
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import benchmarks.suite, benchmarks.run"
     path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -393,35 +415,101 @@ def test_a_gpu_machine_needs_few_packages() -> None:
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 2
+    assert suite.main(["cuda"]) == 2
     assert run.main(["window_attention", "--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("needs a CUDA GPU: torch sees none") == 2
 
 
-def test_what_rests_on_a_red_test_is_not_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_dry_run_names_every_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    compiled = []
+    monkeypatch.setattr(suite.subprocess, "run", lambda words, **_: compiled.append(words) or Ended(0))
+    assert suite.main(["cuda", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert compiled[0][1:] == ["-m", "benchmarks.aot", "--all"]
+    assert "window_attention: swin-b video: about " in text
+    assert "stage 1 shifted: 8 times batch 1, grid (8, 56, 56), window (8, 7, 7), shift (0, 3, 3)" in text
+    for op in OPS:
+        for name, entry in OPS[op].cases.items():
+            assert (f"  {name}: " in text) or "cuda" not in entry.batch
+
+
+def test_an_unknown_part_is_answered_with_those_there_are(capsys: pytest.CaptureFixture) -> None:
+    assert suite.main(["cpu", "--part", "window_attentoin"]) == 2
+    assert "no part 'window_attentoin' for cpu; there are: 'window_attention: cpu'" in capsys.readouterr().err
+
+
+class Ended(NamedTuple):
+    """A process."""
+
+    returncode: int
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """A suite of two ops and a command whose processes only note their words, here."""
+    begun: list[list[str]] = []
+
+    def process(words: list[str], **_: object) -> Ended:
+        begun.append(words[2:])
+        return Ended(int("linear" in words))
+
+    monkeypatch.setitem(PARTS, "cpu", (Part("linear", "swin-t", 1), Part("conv3x3", "dalle", 1), Part("data", "", 1)))
+    monkeypatch.setattr(
+        suite, "_run", lambda words, _: "done" if process(["", "", *words]).returncode == 0 else "ended with 1"
+    )
+    monkeypatch.setattr(verify, "green", lambda patterns, *_: f"tests: {patterns}")
+    monkeypatch.setattr(rows, "path", lambda op: tmp_path / f"{op}.jsonl")
+    return begun
+
+
+def test_a_failing_part_leaves_the_others(parts: list[list[str]], capsys: pytest.CaptureFixture) -> None:
+    assert suite.main(["cpu"]) == 1
+    assert [words[:2] for words in parts] == [["run", "linear"], ["run", "conv3x3"], ["data", "--seconds"]]
+    assert "--missing" in parts[0]
+    assert "linear: swin-t                                    ended with 1" in capsys.readouterr().out
+
+
+def test_what_rests_on_red_tests_is_not_measured(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def green(patterns: list[str], *_: object) -> str:
-        if patterns == [registry.LOSS_TESTS]:
-            raise verify.GateClosed("the loss is red")
-        return "tests: green"
+    def red(patterns: list[str], *_: object) -> str:
+        if "conv3x3" in patterns[0]:
+            raise verify.GateClosed("conv3x3 is not green")
+        return "green"
 
-    parts = []
-
-    def run_part(part: list[str], **_: object) -> subprocess.CompletedProcess:
-        parts.append(part[3])
-        return subprocess.CompletedProcess(part, 0)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(verify, "green", green)
-    monkeypatch.setattr(subprocess, "run", run_part)
-    assert gpu.main() == 1
-    assert set(parts) == {"window_attention", "video_swin_step", "linear_argmax"}
-    printed = capsys.readouterr()
-    assert "the loss is red" in printed.err
-    assert "tests are red, not measured: masked_linear_cross_entropy, swin-b" in printed.out
+    monkeypatch.setattr(verify, "green", red)
+    assert suite.main(["cpu", "--part", "conv3x3", "--part", "data", "--again"]) == 1
+    assert [words[0] for words in parts] == ["data"]
+    assert "not measured: its tests are red" in capsys.readouterr().out
 
 
-def test_unknown_cases_are_named(out: Path, capsys: pytest.CaptureFixture) -> None:
-    assert command(out, "--case", "cpu tagret") == 2
-    assert "no case 'cpu tagret'; there are: 'cpu target', " in capsys.readouterr().err
+def test_what_has_rows_is_not_measured_again(
+    parts: list[list[str]], small: None, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    environment = rows.environment("cpu")
+    rows.save(rows.path("data"), [{**environment, "op": "data", "case": "any"}])
+    assert suite.main(["cpu", "--part", "data"]) == 0
+    assert suite.main(["cpu", "--part", "data", "--again"]) == 0
+    assert [words[0] for words in parts] == ["data"]
+    assert command(out, op="linear_argmax") == 0
+    assert command(out, "--missing", op="linear_argmax") == 0
+    text = capsys.readouterr().out
+    assert text.count("linear_argmax, small, torch.float32") == 1
+    assert "has rows of this code and machine: small" in text
+
+
+def test_a_missing_package_has_a_row_that_says_so(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else found(name))
+    assert suite.main(["cpu", "--part", "data"]) == 0
+    assert not parts
+    assert json.loads(rows.path("data").read_text())["absent"] == "not measured: needs av"
+
+
+def test_limits_are_reached_by_something() -> None:
+    """The best product and copy: of the order of what any CPU does."""
+    found = limits.measure("cpu", torch.float32)
+    assert 1e9 < found.flops < 1e13
+    assert 1e8 < found.bandwidth < 1e12

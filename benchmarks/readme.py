@@ -1,0 +1,282 @@
+"""`python -m benchmarks.readme`: the README's measured claims, made of committed rows; `make plots` calls it.
+
+Replaces what is between the two marks in README.md. CLAIMS says which cases are shown; of each the newest run on a CPU
+and on a GPU (benchmarks/runs.py), under the machine it was on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import plots, runs
+from benchmarks.registry import OPS, PARTS
+from benchmarks.rows import Row
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+BOTH = "forward+backward"
+
+
+class Claim(NamedTuple):
+    """Cases of an op that the README shows."""
+
+    op: str
+    quantity: str
+    words: str
+    cases: tuple[str, ...] = ()
+    """None: all."""
+
+
+CLAIMS = (
+    Claim("train_step", "step", "a training step, tokenizer and update included"),
+    Claim("video_swin_step", BOTH, "encoder, forward + backward", ("swin_t encoder step",)),
+    Claim(
+        "window_attention",
+        BOTH,
+        "window attention, forward + backward",
+        ("cpu target", "cpu target shifted", "swin-b video stage 1", "swin-b video stage 1 shifted"),
+    ),
+    Claim("masked_linear_cross_entropy", BOTH, "linear head with cross-entropy over masked rows, with gradients"),
+    Claim("masked_head", BOTH, "decoder and head at masked positions alone, forward + backward; dense: at all"),
+    Claim("linear", BOTH, "linear layer, forward + backward"),
+    Claim("linear_argmax", "forward", "largest of a linear layer's outputs"),
+    Claim("conv3x3", "forward", "3x3 convolution of the tokenizer"),
+)
+EMBEDDED = ("speed", "step", "memory")
+"""Kinds of plots that are shown; the others are linked."""
+KERNELS = {
+    "window_attention forward": "window attention's forward in Triton: instructions a score",
+    "masked_linear_cross_entropy bf16": "loss and gradient in Triton, 8192 classes, bfloat16: instructions a logit",
+    "linear_argmax bf16": "`linear_argmax` in Triton, bfloat16: instructions a logit behind the product",
+}
+"""Of aot.json."""
+
+HEAD = """\
+Medians, with the 20th and 80th percentile, of contestants that took turns after a check of their results. "2.00 ×
+eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, or scratch,
+what of it is neither output nor gradient. `make plots` writes this part, of each case from the newest run in
+`benchmarks/results/`; a commit with a + had changes that were not committed.
+"""
+COLUMNS = ("what", "ours", "against", "memory", "command", "row")
+
+
+class Line(NamedTuple):
+    """One line of the table, cell by cell, and where it was measured."""
+
+    machine: str
+    date: str
+    cells: tuple[str, str, str, str, str, str]
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    README.write_text(updated(README.read_text(), runs.RESULTS))
+    return 0
+
+
+def updated(text: str, results: Path) -> str:
+    """The README's text with the part between the marks as the rows say.
+
+    Raises ValueError where a mark is missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md has no {BEGIN.strip()} or no {END.strip()}: put both where the part belongs")
+    return before + begin + measured(results) + end + after
+
+
+def measured(results: Path) -> str:
+    """The generated part: plots, then a table for each machine, the last measured first."""
+    rows = runs.newest(runs.read(results))
+    lines = [
+        *(line for claim in CLAIMS for line in _claimed(claim, rows)),
+        *(line for make in (_tokenizer, _data, _manifest) for line in make(rows)),
+        *_demo(results / "demo.jsonl"),
+    ]
+    groups = runs.grouped(lines, lambda line: line.machine).values()
+    newest_first = sorted(groups, key=lambda group: max(line.date for line in group), reverse=True)
+    tables = [_table(group[0].machine, [line.cells for line in group]) for group in newest_first]
+    tables.append(_table("Compiled for GPUs, not run", list(_compiled(results / "aot.json"))))
+    missing = list(_unmeasured(rows))
+    if missing:
+        tables.append(_table("GPUs", missing))
+    return "\n".join([*_pictures(rows), HEAD, *tables])
+
+
+def _pictures(rows: list[Row]) -> Iterator[str]:
+    """The plots of the last CPU and the last GPU that have any."""
+    there = plots.pictures(rows)
+    for gpu in (False, True):
+        machine = _last([row for row in rows if bool(row["machine"].get("gpu")) == gpu])
+        if machine is None:
+            continue
+        names = {kind: plots.file_name(machine, kind) for kind in plots.KINDS}
+        names = {kind: name for kind, name in names.items() if name in there}
+        for kind in EMBEDDED:
+            if kind in names:
+                yield f"![{plots.KINDS[kind].title}; {machine}](benchmarks/plots/{names[kind]})\n"
+        others = [f"[{kind}](benchmarks/plots/{name})" for kind, name in names.items() if kind not in EMBEDDED]
+        if others:
+            yield f"{machine}, too: {', '.join(others)}.\n"
+
+
+def _last(rows: list[Row]) -> str | None:
+    """The machine of the newest row."""
+    return runs.machine(sorted(rows, key=lambda row: row["date"])[-1]) if rows else None
+
+
+def _table(title: str, lines: list[tuple[str, ...]]) -> str:
+    body = [COLUMNS, ("---",) * len(COLUMNS), *lines]
+    return f"**{title}**\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in body)
+
+
+def _claimed(claim: Claim, rows: list[Row]) -> Iterator[Line]:
+    """A line for each of ours in each case, on the last CPU and the last GPU."""
+    of_op = [row for row in rows if (row["op"], row["quantity"]) == (claim.op, claim.quantity)]
+    shown = [row for row in of_op if not claim.cases or row["case"] in claim.cases]
+    for gpu in (False, True):
+        here = [row for row in shown if bool(row["machine"].get("gpu")) == gpu]
+        for of_case in runs.grouped(here, runs.case).values():
+            machine = _last(of_case)
+            contestants = {row["contestant"]: row for row in of_case if runs.machine(row) == machine}
+            yield from (_line(claim.words, row, contestants) for row in contestants.values() if runs.ours(row))
+
+
+def _line(words: str, row: Row, contestants: dict[str, Row]) -> Line:
+    low, high = (runs.digits(row[name] / (1e3 if row["p50_ms"] >= 999.5 else 1)) for name in ("p20_ms", "p80_ms"))
+    ours = f"{row['contestant']} {runs.duration(row['p50_ms'])} ({low} to {high})"
+    if row.get("percent_of_limit"):
+        ours += f", {row['percent_of_limit']:.0f} % of the {row['limit']} limit"
+    rivals = {name: contestants.get(name, {}) for name in row["speedup"]}
+    against = ", ".join(
+        f"{row['speedup'][name]:.2f} × {name}" + (f" (no {rival['lacks']})" if rival.get("lacks") else "")
+        for name, rival in rivals.items()
+    )
+    case = f"{words}: {row['case']}"
+    return _of(row, case, ours, against, _memory(row, rivals), _command(row))
+
+
+def _memory(row: Row, rivals: dict[str, Row]) -> str:
+    """Scratch where it is known, else peak; ours, then the others."""
+    field = next((name for name in ("scratch_mib", "peak_mib") if row.get(name) is not None), None)
+    if field is None:
+        return ""
+
+    def mib(of: Row) -> str:
+        return f"{max(0, of[field]):.{1 if of[field] < 9.95 else 0}f}"  # below 0 is the meter's rounding
+
+    theirs = [f"{name} {mib(rival)}" for name, rival in rivals.items() if rival.get(field) is not None]
+    return "; ".join([f"{field.split('_')[0]} {mib(row)} MiB", *([", ".join(theirs)] if theirs else [])])
+
+
+def _command(row: Row) -> str:
+    """What measures this row's case again."""
+    threads = f"--threads {row['threads']}"
+    if row["op"] in OPS:
+        device = "cuda" if row["machine"].get("gpu") else f"cpu {threads}"
+        return f'python -m benchmarks.run {row["op"]} --case "{row["case"]}" --device {device}'
+    return f"python -m benchmarks.{row['op']} {threads if row['op'] == 'tokenizer' else ''}".strip()
+
+
+def _of(row: Row, what: str, ours: str, against: str, memory: str, command: str) -> Line:
+    """With the row's file, commit and date."""
+    link = f"[{row['op']}.jsonl](benchmarks/results/{row['op']}.jsonl) {runs.commit(row)}, {row['date']}"
+    return Line(runs.machine(row), row["date"], (what, ours, against, memory, f"`{command}`", link))
+
+
+def _tokenizer(rows: list[Row]) -> Iterator[Line]:
+    for row in rows:
+        if row["op"] == "tokenizer" and "saving" in row:
+            yield _of(
+                row,
+                f"tokenizing only frames that hold a masked position: {row['case']}",
+                runs.duration(row["p50_ms"]),
+                f"{100 * row['saving']:.0f} % less time than all frames, for "
+                f"{100 - 100 * row['share_of_frames']:.0f} % fewer frames, with the same tokens",
+                "",
+                _command(row),
+            )
+
+
+def _data(rows: list[Row]) -> Iterator[Line]:
+    """PyAV's backend on real files, beside bare loops without it."""
+    for of_case in runs.grouped((row for row in rows if row["op"] == "data"), lambda row: row["case"]).values():
+        by = {
+            row["contestant"].split(",")[0]: row for row in reversed(of_case)
+        }  # of two loops the one to the last frame
+        bare = by.get("bare PyAV", by.get("bare Pillow"))
+        if bare is None or "embedded" in bare["case"]:
+            continue
+        row, loop = by["pyav"], bare["contestant"].split(",")[0]
+        whole = row["decode_ms"] + row["augment_ms"]
+        yield _of(
+            row,
+            f"decoding on one core: {row['case']}, {row['quantity']}",
+            f"pyav {runs.duration(row['decode_ms'])}; with resize and crop {runs.duration(whole)}",
+            f"{100 * bare['decode_ms'] / row['decode_ms']:.0f} % of the rate of {loop} "
+            f"({runs.duration(bare['decode_ms'])}); with resize and crop {100 * bare['decode_ms'] / whole:.0f} %",
+            "",
+            _command(row),
+        )
+
+
+def _manifest(rows: list[Row]) -> Iterator[Line]:
+    for row in rows:
+        if "load_mib" in row:
+            loaded = runs.duration(1e3 * row["load_seconds"])
+            what = f"loading a manifest of {row['quantity']}"
+            yield _of(row, what, loaded, "", f"{row['load_mib']:.0f} MiB a process", _command(row))
+
+
+def _demo(path: Path) -> Iterator[Line]:
+    """The last run; its rows are of another form than those of ops."""
+    for row in [json.loads(line) for line in path.read_text().splitlines()][-1:]:
+        machine = f"{row['cpu']}, {row['machine'].split(', ')[-1]}"
+        below = (
+            f"{100 - 100 * row[f'val_loss_{stream}'] / row[f'entropy_{stream}']:.1f} % ({stream})"
+            for stream in ("clips", "images")
+        )
+        cells = (
+            "both stages learn",
+            f"in {sum(row['seconds'].values()) / 60:.1f} minutes, data and tokenizer included",
+            f"held-out masked cross-entropy below the entropy of the token frequencies: {', '.join(below)}",
+            "",
+            "`make demo`",
+            f"[demo.jsonl](benchmarks/results/demo.jsonl) {runs.commit(row)}, {row['date']}",
+        )
+        yield Line(machine, row["date"], cells)
+
+
+def _compiled(path: Path) -> Iterator[tuple[str, ...]]:
+    counted: dict[str, Any] = json.loads(path.read_text())
+    link = f"[aot.json](benchmarks/results/aot.json), Triton {counted.pop('triton')}"
+    for kernel, words in KERNELS.items():
+        of = {architecture: kernels[kernel] for architecture, kernels in counted.items()}
+        count = ", ".join(f"{entry['instructions']:.1f} ({name})" for name, entry in of.items())
+        spills = max(entry["spills"] for entry in of.values())
+        yield (
+            words,
+            count,
+            "",
+            f"at most {spills:g} spills each" if spills else "no spills",
+            "`python -m benchmarks.aot`",
+            link,
+        )
+
+
+def _unmeasured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
+    """Ops that no GPU has a row of."""
+    measured = {row["op"] for row in rows if row["machine"].get("gpu")}
+    left = [op for op in dict.fromkeys(part.op for part in PARTS["cuda"]) if op not in measured]
+    if left:
+        yield ", ".join(f"`{op}`" for op in left), "not measured", "", "", "`make bench-gpu`", ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

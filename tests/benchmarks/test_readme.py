@@ -1,0 +1,89 @@
+"""The README's measured claims are the committed rows'."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from synthetic import GPU, pair, row
+
+from benchmarks import readme, runs
+from benchmarks.registry import OPS
+from benchmarks.rows import Row
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of rows, with the committed ones that are no op's."""
+    for name in ("demo.jsonl", "aot.json"):
+        shutil.copy(runs.RESULTS / name, tmp_path)
+    return tmp_path
+
+
+def lines(results: Path, *rows: Row) -> list[list[str]]:
+    """Cells of the table's lines about window attention."""
+    (results / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = readme.measured(results)
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| window attention, ")]
+
+
+def test_it_is_not_stale() -> None:
+    text = readme.README.read_text()
+    assert readme.updated(text, runs.RESULTS) == text, "the README is not of these rows: run `make plots` and commit"
+
+
+def test_its_pictures_are_there_and_no_path_leaves_the_tree() -> None:
+    text = readme.measured(runs.RESULTS)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert not [link for link in links if not (readme.ROOT / link).is_file() or link.startswith(("/", ".."))]
+    assert str(readme.ROOT) not in text
+
+
+def test_claims_name_cases_that_there_are() -> None:
+    named = [(claim.op, case) for claim in readme.CLAIMS for case in claim.cases]
+    assert not [(op, case) for op, case in named if op in OPS and case not in OPS[op].cases]
+
+
+def test_a_line(results: Path) -> None:
+    sdpa = row("sdpa", lacks="bias", peak_mib=7.04)
+    ours, eager = pair(speedup={"eager": 3.0, "sdpa": 2.346}, percent_of_limit=61.4, limit="memory")
+    assert lines(results, ours, eager, sdpa) == [
+        [
+            "window attention, forward + backward: cpu target",
+            "native 10.0 ms (9.00 to 12.0), 61 % of the memory limit",
+            "3.00 × eager, 2.35 × sdpa (no bias)",
+            "peak 10 MiB; eager 50, sdpa 7.0",
+            '`python -m benchmarks.run window_attention --case "cpu target" --device cpu --threads 2`',
+            "[window_attention.jsonl](benchmarks/results/window_attention.jsonl) 0123456, 2026-01-01",
+        ]
+    ]
+
+
+def test_scratch_where_it_is_known(results: Path) -> None:
+    ours, eager = pair(scratch_mib=-0.1)
+    assert lines(results, ours, eager | {"scratch_mib": 12.3})[0][3] == "scratch 0.0 MiB; eager 12"
+
+
+def test_the_last_machine_is_shown_and_a_gpu_beside_it(results: Path) -> None:
+    old = pair(commit="1111111", date="2026-01-01")
+    new = pair(commit="2222222", date="2026-01-02", machine={"cpu": "Other CPU", "cores": 2, "isa": "AVX2"}, dirty=True)
+    case = {"case": "swin-b video stage 1", "machine": GPU, "dtype": "bfloat16"}
+    gpu = [row("triton", 2e3, speedup={"eager": 2.0}, **case), row("eager", 4e3, **case)]
+    first, second = lines(results, *new, *old, *gpu)
+    assert first[5].endswith("2222222+, 2026-01-02")
+    assert second[1] == "triton 2.00 s (1.80 to 2.40)"
+    assert second[4] == '`python -m benchmarks.run window_attention --case "swin-b video stage 1" --device cuda`'
+
+
+def test_what_no_gpu_has_run_is_said_to_be_unmeasured(results: Path) -> None:
+    assert lines(results, *pair(machine=GPU))
+    missing = [line for line in readme.measured(results).splitlines() if "not measured" in line]
+    assert any("`linear_argmax`" in line and "`make bench-gpu`" in line for line in missing)
+    assert not any("`window_attention`" in line for line in missing)
+
+
+def test_a_readme_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("no <!-- measured: begin -->")):
+        readme.updated("# bevt\n", runs.RESULTS)

@@ -1,11 +1,11 @@
-# Everything but bench-gpu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
+# Everything but bench-gpu and ncu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench-gpu lint format clean
+.PHONY: setup demo test bench-gpu ncu lint format clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ test: $(VENV)/.test
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
+
+# Of one step's kernels what NVIDIA's profiler counts: make ncu OP=window_attention CASE="swin-b video stage 1"
+ncu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.ncu "$(OP)" --case "$(CASE)"
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

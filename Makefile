@@ -1,4 +1,4 @@
-# Everything but bench-gpu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
+# Everything but bench-gpu and ncu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
 # ARGS go to the benchmarks: `make bench ARGS="--part linear --again"`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench bench-gpu plots lint format clean
+.PHONY: setup demo test bench bench-gpu plots ncu lint format clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ bench-gpu:
 plots: $(READY)
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.plots
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.readme
+
+# Of one step's kernels what NVIDIA's profiler counts: make ncu OP=window_attention CASE="swin-b video stage 1"
+ncu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.ncu "$(OP)" --case "$(CASE)"
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

@@ -10,34 +10,56 @@ instructions of its main loop for each unit of work that a thread does there, pa
 - masked_linear_cross_entropy's loss kernel for 8192 classes, gradients included. A unit is a logit, with one
   exponential; the loop is over rows. Its search for a tie, which one row in ten takes, counts as if all did.
 
-To add a kernel, write a function from an architecture to an Entry and name it in ENTRIES; for one without a product, an
-instruction that occurs once a unit (MUFU.EX2, the exponential) is all it takes. TARGETS are for what must hold
-whatever was counted before. Compares with the committed counts (`results/aot.json`, for one version of Triton);
+`--all` instead compiles every kernel that the GPU cases of the registry launch, also in float16 and float32, and fails
+where one does not compile or takes more shared memory than a program may have: half a minute a process and architecture
+(nothing is counted). `--list` names them. What is launched is not written down here: the ops' own launchers are called
+with tensors that have no data, and Triton tells what it would compile. So it is what a GPU would be given, with
+Triton's own choice of what is a constant and what a multiple of 16.
+
+To add a kernel to the counts, write a function from an architecture to an Entry and name it in ENTRIES; for one without
+a product, an instruction that occurs once a unit (MUFU.EX2, the exponential) is all it takes. TARGETS are for what must
+hold whatever was counted before. Compares with the committed counts (`results/aot.json`, for one version of Triton);
 `--write` replaces them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from bevt_kernels.linear_argmax import triton_forward as argmax
 from bevt_kernels.masked_linear_cross_entropy import triton_forward as cross_entropy
+from bevt_kernels.testing import ArgmaxCase, ConvCase, LinearCase, LossCase, WindowCase
 from bevt_kernels.window_attention import triton_backward, triton_forward
 from bevt_kernels.window_attention.configs import KERNELS, config
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
+
+from benchmarks.registry import DTYPES, OPS, PER_CLIP, Case, HeadCase, StepCase, TrainCase, VideoMAECase
+from bevt.config import SIZES
 
 PATH = Path(__file__).parent / "results" / "aot.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -161,20 +183,22 @@ def compile_entry(entry: Entry, architecture: str) -> CompiledKernel:
     return triton.compile(source, target=target, options=options)
 
 
-def disassemble(compiled: CompiledKernel) -> tuple[str, int, int]:
-    """Machine code as text, registers and stack bytes a thread; by the tools that Triton ships."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _tool(compiled: CompiledKernel, tool: str, option: str) -> str:
+    """What one of the tools that Triton ships says of the machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text, usage = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers and stack bytes a thread."""
+    text = _tool(compiled, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump names no registers:\n{usage}")
-    return text, int(found[1]), int(found[2])
+        raise RuntimeError(f"cuobjdump names no registers:\n{text}")
+    return int(found[1]), int(found[2])
 
 
 def loops(text: str) -> tuple[list[str], list[range]]:
@@ -213,9 +237,9 @@ def main_loop(text: str, mark: str, marks: int) -> tuple[Counter[str], Counter[s
 def count(entry: Entry, architecture: str) -> Count:
     """Raises RuntimeError where no loop has one mark a unit: then the counting is wrong."""
     compiled = compile_entry(entry, architecture)
-    text, registers, stack = disassemble(compiled)
+    registers, stack = usage(compiled)
     units = entry.units // (32 * entry.sizes["warps"])
-    found = main_loop(text, entry.mark, units)
+    found = main_loop(_tool(compiled, "nvdisasm", "-c"), entry.mark, units)
     if found is None:
         raise RuntimeError(f"{entry.function.__name__} for {architecture}: no loop holds {entry.mark} {units} times")
     whole, product = found
@@ -234,11 +258,274 @@ def count(entry: Entry, architecture: str) -> Count:
     )
 
 
+OPTIONS = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+"""Of the compiler, that a launch may set; the others follow from the architecture."""
+
+
+class Variant(NamedTuple):
+    """A kernel as Triton is asked to compile it, by a launch."""
+
+    architecture: str
+    origin: str
+    """The dtype, op and case that first ask for it."""
+    module: str
+    kernel: str
+    """The function's name in `module`."""
+    signature: dict[str, str]
+    static: dict[tuple[int, ...], Any]
+    """Constants by place: compile-time arguments, and what Triton makes one, such as a stride of 1."""
+    attributes: dict[tuple[int, ...], Any]
+    """By place, what is known of an argument: that it is a multiple of 16."""
+    options: dict[str, Any]
+    """The compiler's."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for what is compiled to the same."""
+        return repr(self._replace(origin=""))
+
+    @property
+    def name(self) -> str:
+        """The kernel with the types of its pointers, its constants and its warps."""
+        names, types = list(self.signature), dict.fromkeys(self.signature.values())
+        pointers = " ".join(each for each in types if each.startswith("*"))
+        constants = [f"{names[place[0]]}={value}" for place, value in self.static.items()]
+        return f"{self.kernel}({pointers}; {', '.join(constants)}), {self.options['num_warps']} warps"
+
+
+class Compiled(NamedTuple):
+    """What became of a variant."""
+
+    architecture: str
+    name: str
+    origin: str
+    registers: int
+    """A thread."""
+    stack: int
+    """Bytes a thread: spills, where it is not 0."""
+    shared: int
+    """Bytes a program."""
+    error: str
+    """Why it cannot run; empty where it can."""
+
+
+class _Driver:
+    """What a launch asks Triton's driver before it compiles."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        """The key of each kernel's caches: no number, so that no GPU of this machine finds them."""
+        return self.architecture
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+class _WithoutCUDA(TorchFunctionMode):
+    """By other means, what a build of torch without CUDA refuses for tensors of that device, with or without data."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if "out" in keywords:  # there is nothing to fill in
+            return keywords["out"]
+        if function is Tensor.__setitem__:
+            return None
+        if function is not Tensor.__getitem__:
+            return function(*args, **keywords)
+        tensor, index = args
+        if isinstance(index, int):
+            return tensor.select(0, index)
+        start, stop, step = index.indices(len(tensor))  # of a slice: the launchers use no other brackets
+        assert step == 1, index
+        return tensor.narrow(0, start, stop - start)
+
+
+@contextmanager
+def recorded(architecture: str) -> Iterator[list[dict[str, Any]]]:
+    """Inside, kernels that are launched on tensors of the device "cuda", which have no data, are listed and not run.
+
+    An item is what Triton's hook gets before a compilation. Tensors are taken to begin at a multiple of 16 bytes.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET=1 is set: unset it")
+    found: list[dict[str, Any]] = []
+
+    def hook(**launch: Any) -> bool:
+        found.append({**launch["compile"], "module": launch["fn"].module, "kernel": launch["fn"].name})
+        return True  # as if somebody else compiled it: the launch returns
+
+    def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+        """Index arrays of the windows as they are, on the CPU: a kernel is compiled for their dtypes alone."""
+        return lambda *args: make(*(torch.device("cpu") if isinstance(x, torch.device) else x for x in args))
+
+    def start(tensor: Tensor) -> int:
+        return int(tensor.storage_offset()) * tensor.element_size()
+
+    with ExitStack() as stack:
+        for target, name, value in (
+            (driver, "_active", _Driver(architecture)),
+            (triton_forward, "architecture", lambda device: architecture),
+            (argmax, "architecture", lambda device: architecture),
+            (argmax, "processors", lambda device: 132),
+            (triton_forward, "cut", on_cpu(triton_forward.cut)),
+            (triton_forward, "groups", on_cpu(triton_forward.groups)),
+            (triton_backward, "bias_sums", on_cpu(triton_backward.bias_sums)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", start))
+        with knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = hook
+            with FakeTensorMode(), torch.device("cuda"), _WithoutCUDA():
+                yield found
+
+
+def parts(case: Case) -> list[Case]:
+    """The ops' cases in a registry case: itself, or of a model those whose kernels it launches.
+
+    Sizes that no kernel is compiled for are arbitrary. Raises TypeError for a kind of case that is not known here.
+    """
+    if isinstance(case, WindowCase | LossCase | ArgmaxCase):
+        return [case]
+    if isinstance(case, LinearCase | ConvCase | VideoMAECase):  # no kernels in Triton
+        return []
+    if not isinstance(case, StepCase | HeadCase | TrainCase):
+        raise TypeError(f"benchmarks/aot.py does not know which kernels {case} launches: say it in `parts`")
+    config = SIZES[case.size]
+    window, heads = config.window_size, config.num_heads[0]
+    head_dim = config.embed_dim // heads
+    clips = WindowCase(1, window, window, heads=heads, head_dim=head_dim)
+    if isinstance(case, StepCase):
+        return [clips]
+    classes = case.classes if isinstance(case, HeadCase) else 8192
+    loss = LossCase(12544, 8 * config.embed_dim, classes, 12544, 12544)
+    if isinstance(case, HeadCase):
+        return [loss]
+    image = (1, *window[1:])
+    images = WindowCase(1, image, image, table_window=window, heads=heads, head_dim=head_dim)
+    return [clips, images, loss, ArgmaxCase(1568, 2048, classes)]
+
+
+def launch(case: Case, dtype: torch.dtype) -> None:
+    """Forward and backward of an op's case by its Triton launchers, on tensors that hold nothing."""
+    if isinstance(case, WindowCase):
+        channels = case.heads * case.head_dim
+        qkv = torch.empty(case.batch, *case.grid, 3 * channels, dtype=dtype)
+        table = torch.empty(math.prod(2 * t - 1 for t in case.table), case.heads)
+        static = (case.heads, case.window, case.shift, case.table, case.scale)
+        out, lse = triton_forward.forward(qkv, table, *static)
+        triton_backward.backward(torch.empty_like(out), qkv, table, out, lse, *static, True)
+    elif isinstance(case, LossCase):
+        hidden = torch.empty(case.rows, case.channels, dtype=dtype)
+        weight = torch.empty(case.classes, case.channels, dtype=dtype)
+        targets, index = (torch.empty(case.slots, dtype=torch.int64) for _ in range(2))
+        # A model's bias is float32, the benchmark's in the dtype of the others; the masks are training's, validation's.
+        for bias, mask in ((torch.float32, True), (torch.float32, False), (dtype, True)):
+            of_bias = torch.empty(case.classes, dtype=bias)
+            cross_entropy.forward(hidden, weight, of_bias, targets, index, [mask] * 3)
+    elif isinstance(case, ArgmaxCase):
+        shapes = ((case.rows, case.channels), (case.classes, case.channels), (case.classes,))
+        argmax.linear_argmax(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+
+
+def variants(architectures: Sequence[str] = ARCHITECTURES) -> Iterator[Variant]:
+    """Each once: what the registry's GPU cases launch, and as well in the dtypes that are not benchmarked."""
+    dtypes = dict.fromkeys((DTYPES["cuda"], torch.bfloat16, torch.float16, torch.float32))
+    for architecture in architectures:
+        seen: set[str] = set()
+        for dtype in dtypes:
+            for op, name, case in _gpu_cases():
+                origin = f"{str(dtype).removeprefix('torch.')} {op} {name}"
+                with recorded(architecture) as launches:
+                    launch(case, dtype)
+                for each in launches:
+                    variant = Variant(
+                        architecture,
+                        origin,
+                        each["module"],
+                        each["kernel"],
+                        each["signature"],
+                        each["constants"],
+                        each["configs"][0],
+                        {name: each[name] for name in OPTIONS},
+                    )
+                    if variant.identity not in seen:
+                        seen.add(variant.identity)
+                        yield variant
+
+
+def _gpu_cases() -> Iterator[tuple[str, str, Case]]:
+    """(op, case's name, case of an op)."""
+    for op, entries in OPS.items():
+        for name, entry in entries.cases.items():
+            if "cuda" in entry.batch:
+                n = entry.batch["cuda"]  # matters: a loss of many slots is cut, and its first piece a case of its own
+                grown = {field: n * getattr(entry.case, field) for field in PER_CLIP if hasattr(entry.case, field)}
+                yield from ((op, name, part) for part in parts(replace(entry.case, **grown)))
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Ahead of time; an error is part of the result."""
+    function = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(function, variant.signature, variant.static, variant.attributes)
+    target = _Driver(variant.architecture).get_current_target()
+    named = variant.architecture, variant.name, variant.origin
+    try:
+        compiled = triton.compile(source, target=target, options=variant.options)
+    except Exception as error:  # of many kinds: the compiler's passes, its assembler
+        return Compiled(*named, 0, 0, 0, f"{type(error).__name__}: {str(error).strip()}")
+    shared, limit = compiled.metadata.shared, SHARED_LIMIT[variant.architecture]
+    excess = f"takes {shared} bytes of shared memory, of which there are {limit}" if shared > limit else ""
+    return Compiled(*named, *usage(compiled), shared, excess)
+
+
+def compile_all(architectures: Sequence[str] = ARCHITECTURES, processes: int = 1) -> Iterator[Compiled]:
+    """Every variant, in order, by so many processes."""
+    if processes == 1:
+        yield from map(compile_variant, variants(architectures))
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(compile_variant, variants(architectures))
+
+
+def main_all(architectures: Sequence[str], processes: int) -> int:
+    """`--all`; returns the exit code: 1 where a kernel cannot run."""
+    failures, number = [], 0
+    print(f"{'':7}{'registers':>10}{'stack':>7}{'shared':>8}")
+    for got in compile_all(architectures, processes):
+        number += 1
+        print(
+            f"{got.architecture:7}{got.registers:10}{got.stack:7}{got.shared:8}  {got.name}, {got.origin}", flush=True
+        )
+        if got.error:
+            failures.append(f"{got.architecture} {got.name}, {got.origin}: {got.error}")
+    print("\n".join(failures) or f"all {number} compile and fit")
+    return int(bool(failures))
+
+
 def main() -> int:
-    """The command; returns the exit code: 1 where a count exceeds a ceiling."""
+    """The command; returns the exit code: 1 where a count exceeds a ceiling, or a kernel cannot run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the committed counts")
-    write = parser.parse_args().write
+    parser.add_argument("--all", action="store_true", help="compile every kernel, and count nothing")
+    parser.add_argument("--list", action="store_true", help="name every kernel that --all compiles")
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="with --all or --list, only it")
+    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="that --all compiles in")
+    arguments = parser.parse_args()
+    architectures, write = arguments.architecture or ARCHITECTURES, arguments.write
+    if knobs.runtime.interpret:
+        print("kernels cannot be compiled while TRITON_INTERPRET=1 is set: unset it", file=sys.stderr)
+        return 2
+    if arguments.list:
+        for variant in variants(architectures):
+            print(f"{variant.architecture} {variant.name}, {variant.origin}")
+        return 0
+    if arguments.all:
+        return main_all(architectures, arguments.processes)
     committed: dict = json.loads(PATH.read_text()) if PATH.is_file() else {"triton": None}
     comparable = committed["triton"] == triton.__version__
     if not comparable and not write:

@@ -92,7 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", action="store_true", help="PNGs too")
     args = parser.parse_args(arguments)
     rows = runs.newest(runs.read())
-    for name, picked in pictures(rows).items():
+    drawn = pictures(rows)
+    for path in PLOTS.glob("*.svg"):
+        if path.name not in drawn:
+            path.unlink()
+    for name, picked in drawn.items():
         write(PLOTS / name, picked, args.png)
         print(f"{name}: {len(picked)} rows")
     for there, of_machine in runs.grouped(rows, runs.machine).items():

@@ -146,7 +146,7 @@ def _scaling() -> dict[str, Entry]:
     """Cost against frames and against resolution; 16 frames of 224 x 224 is "encoder step"."""
     batch = {"cpu": 1, "cuda": 8}
     frames = {f"swin-t {n} frames": Entry("scaling", StepCase(1, "tiny", frames=n), batch) for n in (8, 32)}
-    sides = {f"swin-t side {n}": Entry("scaling", StepCase(1, "tiny", side=n), batch) for n in (112, 160, 288)}
+    sides = {f"swin-t side {n}": Entry("scaling", StepCase(1, "tiny", side=n), batch) for n in (128, 160, 288)}
     return frames | sides
 
 

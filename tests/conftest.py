@@ -15,26 +15,16 @@ if not torch.cuda.is_available():
     # torch's pool of compiler processes stood still for eight minutes once, and two tests at a time fill two cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+from benchmarks.problems.base import torchvision_schemas
+
 if TYPE_CHECKING:
     from bevt.data import shapes
-
-_SCHEMAS: list[torch.library.Library] = []
-"""Keeps the schemas registered: they end with the object."""
-
-
-def _torchvision_schemas() -> None:
-    """Beside a CPU build of torch, torchvision cannot load its compiled ops: its Python needs their schemas."""
-    if not _SCHEMAS and not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _SCHEMAS.append(library)
 
 
 @pytest.fixture(scope="session")
 def torchvision_video() -> ModuleType:
     """`torchvision.models.video`, for `swin3d_t`, `_s` and `_b`."""
-    _torchvision_schemas()
+    torchvision_schemas()
     reason = "needs torchvision: pip install --no-deps torchvision==0.28.0 (make test does it)"
     return pytest.importorskip("torchvision.models.video", reason=reason)
 
@@ -42,7 +32,7 @@ def torchvision_video() -> ModuleType:
 @pytest.fixture(scope="session")
 def flava() -> ModuleType:
     """The transformers package, from which tests take `FlavaImageCodebook`."""
-    _torchvision_schemas()  # transformers imports torchvision where that is installed
+    torchvision_schemas()  # transformers imports torchvision where that is installed
     return pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers>=4.50'")
 
 

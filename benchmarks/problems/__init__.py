@@ -8,6 +8,7 @@ from benchmarks.problems.base import Contestant, Leaves, Problem, Work
 from benchmarks.problems.models import MaskedHead, VideoSwinStep
 from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
 from benchmarks.problems.train import TrainingStep
+from benchmarks.problems.yardstick import VideoMAEStep
 from benchmarks.registry import OPS, PER_CLIP
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedLinearCrossEntropy",
     "Problem",
     "TrainingStep",
+    "VideoMAEStep",
     "VideoSwinStep",
     "WindowAttention",
     "Work",
@@ -36,6 +38,7 @@ KINDS: dict[str, type[Problem]] = {
     "conv3x3": Conv3x3,
     "masked_head": MaskedHead,
     "train_step": TrainingStep,
+    "videomae_step": VideoMAEStep,
 }
 
 

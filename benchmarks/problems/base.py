@@ -6,6 +6,9 @@ gradients of those outputs that have one. A problem without any is a forward pas
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,6 +122,22 @@ def contestants(
         forward = theirs(rival.function)
         found[name] = Contestant(forward, rival.reasons(spec), False, rival.package, rival.lacks, rival.compiles)
     return found
+
+
+_SCHEMAS: list[torch.library.Library] = []
+"""Keeps the schemas registered: they end with the object."""
+
+
+def torchvision_schemas() -> None:
+    """Make torchvision's Python importable where its compiled ops are of another build of torch: it asks for these."""
+    if importlib.util.find_spec("torchvision") and not _SCHEMAS and not hasattr(torch.ops.torchvision, "nms"):
+        with contextlib.suppress(Exception):  # of many kinds; where it imports, nothing is missing
+            importlib.import_module("torchvision")
+            return
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _SCHEMAS.append(library)
 
 
 def leaf(x: Tensor) -> Tensor:

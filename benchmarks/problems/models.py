@@ -16,7 +16,18 @@ from bevt_kernels.testing import WindowCase, eager_window_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.problems.base import Contestant, Forward, Leaves, Problem, Work, contestants, counted, leaf, run
+from benchmarks.problems.base import (
+    Contestant,
+    Forward,
+    Leaves,
+    Problem,
+    Work,
+    contestants,
+    counted,
+    leaf,
+    run,
+    torchvision_schemas,
+)
 from benchmarks.registry import QUANTITIES, HeadCase, StepCase
 from bevt import masking
 from bevt.config import SIZES, Config, ModelConfig, plain, resized
@@ -70,6 +81,7 @@ class VideoSwinStep(Model):
 
     def _torchvision(self) -> Contestant:
         """Torchvision's Swin with the same weights."""
+        torchvision_schemas()
         try:
             from torchvision.models.video.swin_transformer import PatchEmbed3d, SwinTransformer3d
         except (ImportError, RuntimeError) as error:  # one of another build of torch fails with the latter

@@ -1,6 +1,8 @@
 """What the Triton kernels compile to, without a GPU: `python -m benchmarks.aot` against its committed ceilings."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,12 +55,67 @@ def test_the_loop_of_the_product_within_is_told_apart(aot) -> None:
     assert whole - product == {"FADD": 1, "FSETP.GTU.AND": 1, "BRA": 1}
 
 
-@pytest.mark.slow
-def test_machine_code_keeps_within_its_ceilings() -> None:
+def compiling(*arguments: str) -> subprocess.CompletedProcess:
+    """Python with `arguments`, in a process whose kernels are compiled and not interpreted."""
     pytest.importorskip("triton", reason="needs triton: pip install triton")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.aot"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def kernels() -> set[str]:
+    """Of the sources, the functions under @triton.jit that no other such function calls: those that are launched."""
+    found, called = set(), set()
+    for path in (ROOT / "kernels" / "bevt_kernels").rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in "".join(
+                map(ast.unparse, function.decorator_list)
+            ):
+                found.add(function.name)
+                calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+                called |= {call.id for call in calls if isinstance(call, ast.Name)}
+    return found - called
+
+
+def test_every_kernel_that_is_launched_is_compiled_ahead_of_time() -> None:
+    done = compiling("-m", "benchmarks.aot", "--list", "--architecture", "sm_90")
+    assert done.returncode == 0, done.stderr
+    listed = set(re.findall(r"^sm_90 (\w+)\(", done.stdout, re.MULTILINE))
+    assert len(listed) > 10
+    assert listed == kernels()
+    for variant in ("ONLINE=True", "EXACT=True", "FIRST=False", "GRAD=False", "EVEN=False"):
+        assert variant in done.stdout, f"no kernel with {variant}"
+
+
+BROKEN = """
+from benchmarks import aot
+first = next(aot.variants(["sm_90"]))
+print(aot.compile_variant(first._replace(options={**first.options, "num_warps": 3})).error)
+aot.variants = lambda architectures: iter([first])
+aot.SHARED_LIMIT["sm_90"] = 1000
+print(aot.main_all(["sm_90"], 1))
+"""
+
+
+def test_a_kernel_that_cannot_run_is_named() -> None:
+    done = compiling("-c", BROKEN)
+    assert done.returncode == 0, done.stderr
+    assert "num_warps must be a power of 2" in done.stdout.splitlines()[0]
+    assert re.search(
+        r"\nsm_90 forward_kernel\(.*: takes \d+ bytes of shared memory, of which there are 1000\n1\n", done.stdout
+    )
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_fits() -> None:
+    done = compiling("-m", "benchmarks.aot", "--all", "--architecture", "sm_90", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"all \d+ compile and fit", done.stdout)
+
+
+@pytest.mark.slow
+def test_machine_code_keeps_within_its_ceilings() -> None:
+    done = compiling("-m", "benchmarks.aot")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "within all ceilings" in done.stdout or "not judged" in done.stdout

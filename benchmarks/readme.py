@@ -23,30 +23,53 @@ BOTH = "forward+backward"
 
 
 class Claim(NamedTuple):
-    """Cases of an op that the README shows."""
+    """A line: cases of an op."""
 
     op: str
     quantity: str
     words: str
-    cases: tuple[str, ...] = ()
-    """None: all."""
+    group: str = ""
+    """Of the op's cases; "": all."""
+    case: str = ""
+    """This one alone."""
+
+    @property
+    def choice(self) -> str:
+        """As the benchmark's arguments have it."""
+        return f'--case "{self.case}" ' if self.case else f'--group "{self.group}" ' if self.group else ""
+
+    def shows(self, row: Row) -> bool:
+        """Whether the row is one of the line's."""
+        if (row["op"], row["quantity"]) != (self.op, self.quantity):
+            return False
+        return self.case == row["case"] if self.case else self.group in ("", OPS[self.op].cases[row["case"]].group)
 
 
+WINDOWS = "window attention, forward + backward: "
+STEP = "a training step of Swin-T, one clip and eight images, update included: "
 CLAIMS = (
-    Claim("train_step", "step", "a training step, tokenizer and update included"),
-    Claim("video_swin_step", BOTH, "encoder, forward + backward", ("swin_t encoder step",)),
+    Claim("train_step", "step", STEP + "DALL-E's tokenizer", case="swin-t, dalle"),
+    Claim("train_step", "step", STEP + "its tokens kept", case="swin-t, kept"),
+    Claim("train_step", "step", STEP + "this project's tokenizer", case="swin-t, vq"),
+    Claim("train_step", "step", "a training step of Swin-B, eight clips and 64 images, update included", "swin-b"),
+    Claim("video_swin_step", BOTH, "encoder of Swin-T, forward + backward", case="swin_t encoder step"),
+    Claim("videomae_step", BOTH, "a yardstick, another model: VideoMAE-B, forward + backward"),
+    Claim("window_attention", BOTH, WINDOWS + "16 windows of 392 tokens, 4 heads", case="cpu target"),
+    Claim("window_attention", BOTH, WINDOWS + "the same, shifted", case="cpu target shifted"),
+    Claim("window_attention", BOTH, WINDOWS + "Swin-T's stages, clips", "swin-t video"),
+    Claim("window_attention", BOTH, WINDOWS + "Swin-T's stages, images", "swin-t image"),
+    Claim("window_attention", BOTH, WINDOWS + "Swin-B's stages, clips", "swin-b video"),
     Claim(
-        "window_attention",
-        BOTH,
-        "window attention, forward + backward",
-        ("cpu target", "cpu target shifted", "swin-b video stage 1", "swin-b video stage 1 shifted"),
+        "masked_linear_cross_entropy", BOTH, "linear head and cross-entropy, 1176 masked rows, 1024 to 8192", "cpu",
+        "cpu target",
     ),
-    Claim("masked_linear_cross_entropy", BOTH, "linear head with cross-entropy over masked rows, with gradients"),
+    Claim("masked_linear_cross_entropy", BOTH, "the same, 512 classes", case="vq"),
+    Claim("masked_linear_cross_entropy", BOTH, "linear head and cross-entropy, 8 clips", "swin-b"),
     Claim("masked_head", BOTH, "decoder and head at masked positions alone, forward + backward; dense: at all"),
-    Claim("linear", BOTH, "linear layer, forward + backward"),
-    Claim("linear_argmax", "forward", "largest of a linear layer's outputs"),
-    Claim("conv3x3", "forward", "3x3 convolution of the tokenizer"),
-)
+    Claim("linear", BOTH, "Swin-T's linear layers, forward + backward"),
+    Claim("linear_argmax", "forward", "largest of a linear layer's outputs, 2048 to 8192: the tail of DALL-E's tokenizer", "dalle"),
+    Claim("conv3x3", "forward", "3x3 convolutions of DALL-E's tokenizer"),
+)  # fmt: skip
 EMBEDDED = ("speed", "step", "memory")
 """Kinds of plots that are shown; the others are linked."""
 KERNELS = {
@@ -137,18 +160,38 @@ def _table(title: str, lines: list[tuple[str, ...]]) -> str:
 
 
 def _claimed(claim: Claim, rows: list[Row]) -> Iterator[Line]:
-    """A line for each of ours in each case, on the last CPU and the last GPU."""
-    of_op = [row for row in rows if (row["op"], row["quantity"]) == (claim.op, claim.quantity)]
-    shown = [row for row in of_op if not claim.cases or row["case"] in claim.cases]
+    """At most a line for the last CPU and one for the last GPU that have rows of it."""
     for gpu in (False, True):
-        here = [row for row in shown if bool(row["machine"].get("gpu")) == gpu]
-        for of_case in runs.grouped(here, runs.case).values():
-            machine = _last(of_case)
-            contestants = {row["contestant"]: row for row in of_case if runs.machine(row) == machine}
-            yield from (_line(claim.words, row, contestants) for row in contestants.values() if runs.ours(row))
+        here = [row for row in rows if claim.shows(row) and bool(row["machine"].get("gpu")) == gpu]
+        shown = [row for row in here if runs.machine(row) == _last(here)]
+        mine = [row for row in shown if runs.ours(row)] or shown[:1]
+        if len(mine) == 1:
+            yield _line(claim, mine[0], {row["contestant"]: row for row in shown})
+        elif mine:
+            yield _range(claim, mine, shown)
 
 
-def _line(words: str, row: Row, contestants: dict[str, Row]) -> Line:
+def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:
+    """Several cases in one line, from the least to the most."""
+    times = sorted(row["p50_ms"] for row in mine)
+    names = dict.fromkeys(name for row in mine for name in row["speedup"])
+    ratios = {name: sorted(row["speedup"][name] for row in mine if name in row["speedup"]) for name in names}
+    against = ", ".join(f"{found[0]:.2f} to {found[-1]:.2f} × {name}" for name, found in ratios.items())
+    field = next((name for name in ("scratch_mib", "peak_mib") if mine[0].get(name) is not None), "peak_mib")
+    most = {
+        name: max(
+            (row[field] for row in rows if row["contestant"] == name and row.get(field) is not None), default=None
+        )
+        for name in (mine[0]["contestant"], *names)
+    }
+    memory = "; ".join(f"{name} {max(0, mib):.0f}" for name, mib in most.items() if mib is not None)
+    ours = f"{mine[0]['contestant']} {runs.duration(times[0])} to {runs.duration(times[-1])}"
+    about = f"{claim.words} ({len(mine)} cases)"
+    newest = sorted(mine, key=lambda row: row["date"])[-1]
+    return _of(newest, about, ours, against, f"{field.split('_')[0]} at most, MiB: {memory}", _command(newest, claim))
+
+
+def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
     low, high = (runs.digits(row[name] / (1e3 if row["p50_ms"] >= 999.5 else 1)) for name in ("p20_ms", "p80_ms"))
     ours = f"{row['contestant']} {runs.duration(row['p50_ms'])} ({low} to {high})"
     if row.get("percent_of_limit"):
@@ -158,8 +201,7 @@ def _line(words: str, row: Row, contestants: dict[str, Row]) -> Line:
         f"{row['speedup'][name]:.2f} × {name}" + (f" (no {rival['lacks']})" if rival.get("lacks") else "")
         for name, rival in rivals.items()
     )
-    case = f"{words}: {row['case']}"
-    return _of(row, case, ours, against, _memory(row, rivals), _command(row))
+    return _of(row, claim.words, ours, against, _memory(row, rivals), _command(row, claim))
 
 
 def _memory(row: Row, rivals: dict[str, Row]) -> str:
@@ -175,12 +217,12 @@ def _memory(row: Row, rivals: dict[str, Row]) -> str:
     return "; ".join([f"{field.split('_')[0]} {mib(row)} MiB", *([", ".join(theirs)] if theirs else [])])
 
 
-def _command(row: Row) -> str:
-    """What measures this row's case again."""
+def _command(row: Row, claim: Claim | None = None) -> str:
+    """What measures it again."""
     threads = f"--threads {row['threads']}"
-    if row["op"] in OPS:
+    if claim:
         device = "cuda" if row["machine"].get("gpu") else f"cpu {threads}"
-        return f'python -m benchmarks.run {row["op"]} --case "{row["case"]}" --device {device}'
+        return f"python -m benchmarks.run {claim.op} {claim.choice}--device {device}"
     return f"python -m benchmarks.{row['op']} {threads if row['op'] == 'tokenizer' else ''}".strip()
 
 

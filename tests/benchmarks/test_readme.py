@@ -42,8 +42,21 @@ def test_its_pictures_are_there_and_no_path_leaves_the_tree() -> None:
 
 
 def test_claims_name_cases_that_there_are() -> None:
-    named = [(claim.op, case) for claim in readme.CLAIMS for case in claim.cases]
-    assert not [(op, case) for op, case in named if op in OPS and case not in OPS[op].cases]
+    for claim in readme.CLAIMS:
+        cases = OPS[claim.op].cases
+        assert not claim.case or claim.case in cases
+        assert not claim.group or claim.group in {entry.group for entry in cases.values()}
+
+
+def test_several_cases_are_a_line(results: Path) -> None:
+    one = pair(op="linear", case="swin-t stage 1 qkv", scratch_mib=1.0)
+    two = pair(op="linear", case="swin-t stage 1 fc1", scratch_mib=2.0, speedup={"eager": 1.5})
+    (results / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*one, *two]))
+    line = next(line for line in readme.measured(results).splitlines() if line.startswith("| Swin-T's linear layers"))
+    assert (
+        "(2 cases) | native 10.0 ms to 10.0 ms | 1.50 to 3.00 × eager | scratch at most, MiB: native 2; eager 2" in line
+    )
+    assert "`python -m benchmarks.run linear --device cpu --threads 2`" in line
 
 
 def test_a_line(results: Path) -> None:
@@ -51,7 +64,7 @@ def test_a_line(results: Path) -> None:
     ours, eager = pair(speedup={"eager": 3.0, "sdpa": 2.346}, percent_of_limit=61.4, limit="memory")
     assert lines(results, ours, eager, sdpa) == [
         [
-            "window attention, forward + backward: cpu target",
+            "window attention, forward + backward: 16 windows of 392 tokens, 4 heads",
             "native 10.0 ms (9.00 to 12.0), 61 % of the memory limit",
             "3.00 × eager, 2.35 × sdpa (no bias)",
             "peak 10 MiB; eager 50, sdpa 7.0",
@@ -74,7 +87,7 @@ def test_the_last_machine_is_shown_and_a_gpu_beside_it(results: Path) -> None:
     first, second = lines(results, *new, *old, *gpu)
     assert first[5].endswith("2222222+, 2026-01-02")
     assert second[1] == "triton 2.00 s (1.80 to 2.40)"
-    assert second[4] == '`python -m benchmarks.run window_attention --case "swin-b video stage 1" --device cuda`'
+    assert second[4] == '`python -m benchmarks.run window_attention --group "swin-b video" --device cuda`'
 
 
 def test_what_no_gpu_has_run_is_said_to_be_unmeasured(results: Path) -> None:

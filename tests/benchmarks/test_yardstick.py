@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import memory, problems, registry, run, verify
+from benchmarks import memory, registry, run, verify
 from benchmarks.problems import yardstick
 from benchmarks.problems.yardstick import VideoMAECase, VideoMAEStep, tube_masks
 from benchmarks.registry import OPS, Entry, Op

@@ -67,7 +67,7 @@ CLAIMS = (
     Claim("masked_linear_cross_entropy", BOTH, "linear head and cross-entropy, 8 clips", "swin-b"),
     Claim("masked_head", BOTH, "decoder and head at masked positions alone, forward + backward; dense: at all"),
     Claim("linear", BOTH, "Swin-T's linear layers, forward + backward"),
-    Claim("linear_argmax", "forward", "largest of a linear layer's outputs, 2048 to 8192: the tail of DALL-E's tokenizer", "dalle"),
+    Claim("linear_argmax", "forward", "DALL-E's codes: largest output of a linear layer, 2048 to 8192", "dalle"),
     Claim("conv3x3", "forward", "3x3 convolutions of DALL-E's tokenizer"),
 )  # fmt: skip
 EMBEDDED = ("speed", "step", "memory")

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench-gpu lint format clean
+.PHONY: setup demo test bench-gpu bench-check bench-ratios lint format clean
 
 setup: $(READY)
 
@@ -35,6 +35,13 @@ test: $(VENV)/.test
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
+
+# Is the working tree slower than BASE, or than the commit of this machine's newest rows?
+bench-check: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(if $(BASE),--base "$(BASE)")
+
+bench-ratios: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check --ratios
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

@@ -364,6 +364,8 @@ def against(base: str, args: argparse.Namespace) -> int:
         if some := [key for key in words if words[key] == word]:
             note = ": noise hides 5 % here; more --seconds, or an idle machine" if word == "unclear" else ""
             print(f"{word}: {_listed(some)}{note}")
+    if new:
+        print(f"not compared, as the base knows no such problem: {_listed(new)}")
     if slower:
         print(f"SLOWER than {of[:10]} by more than {100 * (LIMIT - 1):.0f} %: {_listed(slower)}")
         return 1

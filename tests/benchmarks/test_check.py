@@ -181,9 +181,11 @@ def test_what_the_base_does_not_know_is_not_compared(
     toy: Toy, change: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     toy.tree(ms=20, **change)
-    assert command("--case", "other" if "cases" in change else "small") == 0
+    case = "other" if "cases" in change else "small"
+    assert command("--case", case) == 0
     out = capsys.readouterr().out
     assert "new: nothing to compare with" in out
+    assert f"not compared, as the base knows no such problem: toy, {case}" in out
     assert "nothing was compared" in out
 
 

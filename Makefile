@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench bench-gpu plots ncu lint format clean
+.PHONY: setup demo test bench bench-gpu bench-check bench-ratios plots ncu lint format clean
 
 setup: $(READY)
 
@@ -50,6 +50,13 @@ plots: $(READY)
 # Of one step's kernels what NVIDIA's profiler counts: make ncu OP=window_attention CASE="swin-b video stage 1"
 ncu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.ncu "$(OP)" --case "$(CASE)"
+
+# Is the working tree slower than BASE, or than the commit of this machine's newest rows?
+bench-check: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(if $(BASE),--base "$(BASE)")
+
+bench-ratios: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check --ratios
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

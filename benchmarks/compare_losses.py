@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,12 +20,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.trees import LIBRARY, ROOT, Unusable, give_library
 from bevt.train.metrics import read_rows
-
-ROOT = Path(__file__).parents[1]
-LIBRARY = "kernels/bevt_kernels/_native.so"
-SOURCES = ("kernels/csrc", "CMakeLists.txt", "setup.py")
-"""What the native library is built of."""
 
 FIGURES = ("loss", "loss_clips", "loss_images", "grad_norm")
 
@@ -72,15 +67,8 @@ def tree(commit: str) -> Generator[Path, None, None]:
         git = ["git", "-C", str(ROOT)]
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(checkout), commit], check=True)
         try:
-            same = subprocess.run([*git, "diff", "--quiet", commit, "--", *SOURCES], check=False).returncode == 0
-            if not (ROOT / LIBRARY).exists():
-                pass  # neither side has one
-            elif same:
-                shutil.copy(ROOT / LIBRARY, checkout / LIBRARY)
-            else:
-                subprocess.run(
-                    [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=checkout, check=True
-                )
+            if (ROOT / LIBRARY).exists():  # else neither side has one
+                give_library(checkout, commit)
             yield checkout
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(checkout)], check=True)
@@ -119,7 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for side in ("left", "right"):
             flags = [*common, "--optim.max-steps", str(args.steps), *shlex.split(getattr(args, side))]
-            sides.append(run(getattr(args, f"{side}_commit"), [args.recipe, *flags], Path(folder) / side))
+            try:
+                sides.append(run(getattr(args, f"{side}_commit"), [args.recipe, *flags], Path(folder) / side))
+            except Unusable as error:
+                parser.error(str(error))
     left, right = sides
     print(report(left, right))
     worst = max(max(values) for values in compare(left, right).values())

@@ -129,7 +129,7 @@ def measure(
     print(f"\n{op}, {case}, {problem.dtype}, {torch.get_num_threads()} CPU threads:", flush=True)
     names, absent = [], {}
     for name, contestant in problem.contestants.items():
-        if impls and name in IMPLEMENTATIONS and name not in impls:
+        if impls and contestant.ours and name in IMPLEMENTATIONS and name not in impls:
             continue
         if contestant.compiles and not OPS[op].cases[case].compiled:
             absent[name] = "is compiled for each case, and left out of this one"

@@ -40,13 +40,19 @@ def masked_linear_cross_entropy(
     """
     require_tensors(hidden=hidden, weight=weight, bias=bias, targets=targets, index=index)
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if hidden.dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     _check(hidden, weight, bias, targets, index)
     output_mask = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)]
     spec = Spec(device, hidden.dtype, any(output_mask), classes=len(weight))
     name = resolve("masked_linear_cross_entropy", impl, spec)
     return op(hidden, weight, bias, targets, index, output_mask, name)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """The compiler of torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, index: Tensor) -> None:

@@ -9,6 +9,7 @@ second run (Linux: `/proc/self/clear_refs`) and reads it after. Scratch that no 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -46,18 +47,28 @@ def peaks(problem: Problem, op: str, case: str, names: Sequence[str], threads: i
         return {name: _cuda(problem, name) for name in names}
     if not (STATUS.exists() and os.access(RESET, os.W_OK)):
         return {}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", op, case, *names],
-        env={**os.environ, **MALLOC} | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    found = {name: Peaks(*figures) for name, figures in map(json.loads, done.stdout.splitlines())}
-    if done.returncode:
-        missing = ", ".join(name for name in names if name not in found)
-        print(f"  peak memory of {missing} is not known: the process ended with {done.returncode}", file=sys.stderr)
+    global _process  # noqa: PLW0603
+    if _process is None or _process.poll() is not None:
+        environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "benchmarks.memory"]
+        _process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert _process.stdin is not None
+    assert _process.stdout is not None
+    found: dict[str, Peaks] = {}
+    for name in names:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([op, case, name, threads]), file=_process.stdin, flush=True)
+        if line := _process.stdout.readline():
+            found[name] = Peaks(*json.loads(line))
+        else:
+            ended = _process.wait()
+            print(f"  peak memory of {name} is not known: its process ended with {ended}", file=sys.stderr)
+            return {**found, **peaks(problem, op, case, names[len(found) + 1 :], threads)}
     return found
+
+
+_process: subprocess.Popen[str] | None = None
+"""Serves all cases of a run: its imports take seconds. It ends with its standard input."""
 
 
 def _bytes(results: Leaves) -> int:
@@ -87,17 +98,26 @@ def resident(key: str) -> int:
     return 1024 * int(match[1])
 
 
-def _child(op: str, case: str, *names: str) -> None:
-    problem = build(op, case, "cpu")
-    for name in names:
+def _serve() -> None:
+    """A line a contestant: [op, case, name, threads] -> `Peaks`."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    built: tuple[str, str] | None = None
+    for line in sys.stdin:
+        op, case, name, threads = json.loads(line)
+        if built != (op, case):
+            torch.set_num_threads(threads)
+            torch._dynamo.reset()
+            problem, built = build(op, case, "cpu"), (op, case)
         problem.step(name)
         RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
         before = resident("VmRSS") - problem.kept(name)
         marks: list[int] = []
         results = problem.step(name, False, lambda: marks.append(resident("VmHWM")))  # noqa: B023
-        print(json.dumps([name, [marks[0] - before, resident("VmHWM") - before, _bytes(results)]]), flush=True)
+        found = Peaks(marks[0] - before, resident("VmHWM") - before, _bytes(results))
         del results
+        print(json.dumps(found), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[1:])
+    _serve()

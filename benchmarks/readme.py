@@ -46,11 +46,12 @@ class Claim(NamedTuple):
 
 
 WINDOWS = "window attention, forward + backward: "
-STEP = "a training step of Swin-T, one clip and eight images, update included: "
 CLAIMS = (
-    Claim("train_step", "step", STEP + "DALL-E's tokenizer", case="swin-t, dalle"),
-    Claim("train_step", "step", STEP + "its tokens kept", case="swin-t, kept"),
-    Claim("train_step", "step", STEP + "this project's tokenizer", case="swin-t, vq"),
+    Claim(
+        "train_step", "step", "a training step of Swin-T, one clip and eight images, update included; DALL-E's tokens",
+        case="swin-t, dalle",
+    ),
+    Claim("train_step", "step", "the same with this project's tokenizer", case="swin-t, vq"),
     Claim("train_step", "step", "a training step of Swin-B, eight clips and 64 images, update included", "swin-b"),
     Claim("video_swin_step", BOTH, "encoder of Swin-T, forward + backward", case="swin_t encoder step"),
     Claim("videomae_step", BOTH, "a yardstick, another model: VideoMAE-B, forward + backward"),
@@ -165,10 +166,10 @@ def _claimed(claim: Claim, rows: list[Row]) -> Iterator[Line]:
         here = [row for row in rows if claim.shows(row) and bool(row["machine"].get("gpu")) == gpu]
         shown = [row for row in here if runs.machine(row) == _last(here)]
         mine = [row for row in shown if runs.ours(row)] or shown[:1]
-        if len(mine) == 1:
-            yield _line(claim, mine[0], {row["contestant"]: row for row in shown})
-        elif mine:
+        if len({row["case"] for row in mine}) > 1:
             yield _range(claim, mine, shown)
+        else:
+            yield from (_line(claim, row, {each["contestant"]: each for each in shown}) for row in mine)
 
 
 def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:

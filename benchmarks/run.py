@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def measure(
                 {
                     **row(quantity, name),
                     **_statistics(ms),
-                    **_rates(work[quantity], float(np.median(ms)) / 1e3, most),
+                    **_rates(_without(work[quantity], problem.spared(name)), float(np.median(ms)) / 1e3, most),
                     **_memory(peak.get(name), quantity, problem),
                     "speedup": speedup,
                     "surcharge_over_frozen": surcharge,
@@ -201,6 +201,10 @@ def measure(
                 }
             )
     return found
+
+
+def _without(work: Work, spared: int) -> Work:
+    return replace(work, flop=work.flop - spared) if spared else work
 
 
 def _statistics(ms: np.ndarray) -> dict[str, Any]:

@@ -100,6 +100,10 @@ class Problem(ABC):
         """Bytes that a contestant keeps between steps and that count as its memory."""
         return 0
 
+    def spared(self, name: str) -> int:
+        """FLOP of `work` that a contestant need not do."""
+        return 0
+
     def notes(self, name: str, rounds: int) -> dict[str, Any]:
         """What else its rows say, of the last `rounds` steps."""
         return {}

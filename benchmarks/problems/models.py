@@ -61,6 +61,7 @@ class VideoSwinStep(Model):
 
     case: StepCase
     names = (*IMPLEMENTATIONS, "eager", "torchvision")
+    least, warm = 3, 1  # a step takes a second on a CPU
 
     def __init__(self, case: StepCase, device: str) -> None:
         super().__init__(case, device)

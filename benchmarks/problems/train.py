@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ NEEDS = {"safetensors": "tokenizers' files", "rich": "the trainer"}
 """Packages that the ops' problems do without."""
 AGREEMENT = 0.995
 """Of a path's codes with the reference path's in float32, at least: what half precision is allowed."""
+KEPT = "fused, tokens kept"
 RATE = 1e-5
 """Learning rate of the steps that are timed."""
 
@@ -64,13 +66,14 @@ def synthetic_batch(config: Config) -> Batch:
 class TrainingStep(Model):
     """The joint recipe's step on the fused and on the reference path, as `bevt pretrain` builds them.
 
-    It is judged on one clip and two images, in two parts: codes at the masked positions by how many agree with those
-    of the reference path in float32; loss and gradients on those codes, so that a code which differs is not an error
-    of the model.
+    "tokens kept": with a token cache that has every view, as in later epochs (`--tokenizer.cache`), which the reference
+    path does not have. Judged on one clip and two images, in two parts: codes at the masked positions by how many agree
+    with those of the reference path in float32; loss and gradients on those codes, so that a code which differs is not
+    an error of the model.
     """
 
     case: TrainCase
-    names = ("fused", "reference")
+    names = ("fused", KEPT, "reference")
     quantities = QUANTITIES[-1:]
     least, warm = 3, 1  # a step takes seconds on a CPU
 
@@ -78,12 +81,14 @@ class TrainingStep(Model):
         super().__init__(case, device)
         self.leaves, self.grads = {}, {}
         missing = [f"needs {name} for {what}: pip install {name}" for name, what in NEEDS.items() if not _has(name)]
-        self.contestants = {n: Contestant(lambda leaves: {}, missing, n == "fused") for n in self.names}
+        self.contestants = {n: Contestant(lambda leaves: {}, missing, n != "reference") for n in self.names}
         self.precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         self.seconds: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
         self.steps: dict[str, TrainStep] = {}
         self.batch = synthetic_batch(self._config("fused"))
         self.folder = tempfile.TemporaryDirectory()
+        self.encoder: nn.Module | None = None
+        self.tokenizing = 0
 
     def _config(self, path: str, precision: str = "", clips: int = 0, images: int = 0) -> Config:
         """The joint recipe at the case's size, as one micro-batch."""
@@ -101,31 +106,45 @@ class TrainingStep(Model):
             train=replace(base.train, **train),
         )
 
-    def _trainer(self, config: Config, cached: bool = False) -> TrainStep:
-        """What steps a seeded model; `cached`: with a token cache, which is empty."""
+    def _tokenizer(self, config: Config) -> Tokenizer:
+        """Of random weights, whose logits differ as much as pixels do."""
+        from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
+        from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+
+        device, settings = torch.device(self.device), tokenizer_settings(config)
+        torch.manual_seed(0)
+        if self.case.tokenizer == "vq":
+            return VQTokenizer(VQModel(VQConfig()), settings).to(device)
+        if self.encoder is None:
+            self.encoder = DalleEncoder()
+            for conv in self.encoder.modules():
+                if isinstance(conv, nn.Conv2d):
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        return DalleTokenizer(cast(DalleEncoder, copy.deepcopy(self.encoder)), settings).to(device)
+
+    def _trainer(self, config: Config, cache: str = "") -> TrainStep:
+        """What steps a seeded model; `cache`: with a token cache of that name, which is empty at first."""
         from bevt.train.loop import build_model
 
-        device = torch.device(self.device)
-        tokenizer = _tokenizer(self.case.tokenizer, config, device)
-        cache = None
-        if cached:
-            config = replace(config, tokenizer=replace(config.tokenizer, cache=self.folder.name))
+        device, tokenizer, tokens = torch.device(self.device), self._tokenizer(config), None
+        if cache:
+            config = replace(config, tokenizer=replace(config.tokenizer, cache=f"{self.folder.name}/{cache}"))
             views: dict[str, tuple[dict[str, Any], int]] = {
                 "clips": ({"files": "random"}, config.train.clips),
                 "images": ({"files": "random"}, config.train.images),
             }
-            cache = TokenCache.open(config, tokenizer, "random weights", device, views)
+            tokens = TokenCache.open(config, tokenizer, "random weights", device, views)
         torch.manual_seed(1)
         model = build_model(config, tokenizer.vocab_size, device)
         if config.path == "fused" and self.device == "cuda":  # `train.compile`'s default
             compile_regions(model)
         optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
-        return TrainStep(model, tokenizer, optimizer, config, World(0, 1, device), cache)
+        return TrainStep(model, tokenizer, optimizer, config, World(0, 1, device), tokens)
 
     def step(self, name: str, frozen: bool = False, mark: Callable[[], None] = lambda: None) -> Leaves:
         """One update; its model stays for the next."""
         if name not in self.steps:
-            self.steps[name] = self._trainer(self._config(name), self.case.tokenizer == "kept" and name == "fused")
+            self.steps[name] = self._trainer(self._config(_path(name)), "timed" if name == KEPT else "")
         mark()
         step = self.steps[name]
         step.phases.start()
@@ -148,23 +167,26 @@ class TrainingStep(Model):
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
         """Losses and gradients on float32's codes, and the contestant's own codes."""
-        inputs, step = self._judged(name, self.precision)
+        inputs, step = self._judged(_path(name), self.precision, "judged" if name == KEPT else "")
         codes = self._codes(inputs)
         return {**self._gradients(inputs, step), "codes": codes}
 
     def truth(self) -> tuple[Leaves, Leaves]:
         """Of the reference path; sets `codes`, which `answer` needs."""
-        inputs, _ = self._judged("reference", "float32")
+        inputs, step = self._judged("reference", "float32")
         self.codes = self._codes(inputs)
-        wide, same = (self._trainer(self._config("reference", p, 1, 2)) for p in ("float64", self.precision))
-        return self._gradients(inputs, wide), self._gradients(inputs, same)
+        if self.precision != "float32":
+            step = self._trainer(self._config("reference", self.precision, 1, 2))
+        wide = self._trainer(self._config("reference", "float64", 1, 2))
+        return self._gradients(inputs, wide), self._gradients(inputs, step)
 
-    def _judged(self, path: str, precision: str) -> tuple[dict[Stream, MaskedInput], TrainStep]:
-        """One clip and two images as the model takes them, and what steps a new model."""
+    def _judged(self, path: str, precision: str, cache: str = "") -> tuple[dict[Stream, MaskedInput], TrainStep]:
+        """One clip and two images as the model takes them, and what steps a new model. From a cache the second time."""
         config = self._config(path, precision, 1, 2)
-        step = self._trainer(config)
-        batch = synthetic_batch(config)
-        inputs = masked_inputs(batch, step.tokenizer, config, torch.device(self.device))
+        step = self._trainer(config, cache)
+        batch, device = synthetic_batch(config), torch.device(self.device)
+        for _ in range(2 if cache else 1):
+            inputs = masked_inputs(batch, step.tokenizer, config, device, step.cache)
         seeds = {"clips": batch.clip_seeds, "images": batch.image_seeds}
         return {stream: step._dropped(x, seeds[stream]) for stream, x in inputs.items()}, step
 
@@ -199,27 +221,20 @@ class TrainingStep(Model):
         config = self._config("fused")
         if self.case.tokenizer == "vq":
             config = replace(config, tokenizer=replace(config.tokenizer, kind="vq"))
-        tokenizing, training = budget.step_flop(config)
-        return {QUANTITIES[-1]: Work(round(training + tokenizing * (self.case.tokenizer != "kept")))}
+        self.tokenizing, training = map(round, budget.step_flop(config))
+        return {QUANTITIES[-1]: Work(training + self.tokenizing)}
+
+    def spared(self, name: str) -> int:
+        """Tokenizing, where tokens are kept."""
+        return self.tokenizing if name == KEPT else 0
+
+
+def _path(name: str) -> str:
+    return "reference" if name == "reference" else "fused"
 
 
 def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _tokenizer(kind: Literal["dalle", "vq", "kept"], config: Config, device: torch.device) -> Tokenizer:
-    """Of random weights, whose logits differ as much as pixels do."""
-    from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
-    from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-
-    torch.manual_seed(0)
-    if kind == "vq":
-        return VQTokenizer(VQModel(VQConfig()), tokenizer_settings(config)).to(device)
-    encoder = DalleEncoder()
-    for conv in encoder.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return DalleTokenizer(encoder, tokenizer_settings(config)).to(device)
 
 
 def _positions(x: MaskedInput) -> Tensor:

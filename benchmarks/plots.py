@@ -155,8 +155,7 @@ def _footer(rows: list[Row]) -> str:
 def _look(row: Row) -> dict[str, Any]:
     """Colour, marker and place above others of a contestant's points and lines."""
     if runs.ours(row):
-        # A second one of ours in a run, as the compiled step.
-        fill = {"mfc": "white"} if row["contestant"].endswith("compiled") else {}
+        fill = {"mfc": "white"} if "," in row["contestant"] else {}  # a second one of ours: "fused, tokens kept"
         return {"color": BLUE, "marker": "D", "zorder": 4, **fill}
     color, marker = STYLES.get(row["contestant"], OTHER)
     return {"color": color, "marker": marker, "zorder": 3}
@@ -192,7 +191,7 @@ def _between(low: float, high: float, steps: Sequence[float]) -> list[float]:
 
 def _pick_speed(rows: list[Row]) -> list[Row]:
     """Whole work of every case that has one of ours and another."""
-    timed = [row for row in runs.whole(rows) if row.get("p50_ms")]
+    timed = [row for row in runs.whole(rows) if row.get("p50_ms") and not runs.swept(row)]
     groups = runs.grouped(timed, runs.case).values()
     return [row for group in groups if len({runs.ours(row) for row in group}) == 2 for row in group]
 
@@ -308,7 +307,8 @@ def _flop(row: Row) -> float:
 
 def _pick_roofline(rows: list[Row]) -> list[Row]:
     """Ours and eager where work and limits are known."""
-    known = [row for row in runs.whole(rows) if row.get("flop") and row.get("bytes") and row.get("limits")]
+    work = [row for row in runs.whole(rows) if row.get("flop") and row.get("bytes") and row.get("limits")]
+    known = [row for row in work if not runs.swept(row)]
     groups = runs.grouped(known, runs.case).values()
     return [
         row
@@ -366,7 +366,8 @@ def _draw_roofline(figure: Figure, rows: list[Row]) -> None:
     for axis, ticks in ((ax.xaxis, _between(left, right, (1, 2, 5))), (ax.yaxis, _between(low, high, (1, 2, 5)))):
         _plain(axis, ticks)
         axis.set_major_formatter(FuncFormatter(lambda x, _: _prefixed(x).strip()))
-    ax.set_xlabel("FLOP a byte, each byte moved once (log); what would hide another is set beside it")
+    above = "; above the roof: counted as direct convolutions" if any(row["op"] == "conv3x3" for row in rows) else ""
+    ax.set_xlabel(f"FLOP a byte, each byte moved once (log){above}")
     ax.set_ylabel("FLOP a second (log)")
     figure.set_size_inches(10, max(5.2, 0.17 / step + 1.4))
     _legend(figure, [ax])

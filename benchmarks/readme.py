@@ -83,8 +83,9 @@ KERNELS = {
 HEAD = """\
 Medians, with the 20th and 80th percentile, of contestants that took turns after a check of their results. "2.00 ×
 eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, or scratch,
-what of it is neither output nor gradient. `make plots` writes this part, of each case from the newest run in
-`benchmarks/results/`; a commit with a + had changes that were not committed.
+what of it is neither output nor gradient. The limit is the fastest large product, or copy, of the same run; a
+convolution counts as a direct one, of which ours multiplies a quarter. `make plots` writes this part, of each case from
+the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed.
 """
 COLUMNS = ("what", "ours", "against", "memory", "command", "row")
 
@@ -120,7 +121,9 @@ def measured(results: Path) -> str:
     rows = runs.newest(runs.read(results))
     lines = [
         *(line for claim in CLAIMS for line in _claimed(claim, rows)),
-        *(line for make in (_tokenizer, _data, _manifest) for line in make(rows)),
+        *_tokenizer(_last_cpu(rows, "tokenizer")),
+        *_data(_last_cpu(rows, "data")),
+        *_manifest(_last_cpu(rows, "data")),
         *_demo(results / "demo.jsonl"),
     ]
     groups = runs.grouped(lines, lambda line: line.machine).values()
@@ -153,6 +156,12 @@ def _pictures(rows: list[Row]) -> Iterator[str]:
 def _last(rows: list[Row]) -> str | None:
     """The machine of the newest row."""
     return runs.machine(sorted(rows, key=lambda row: row["date"])[-1]) if rows else None
+
+
+def _last_cpu(rows: list[Row], op: str) -> list[Row]:
+    """Rows of a command that is no op, of the machine that ran it last."""
+    there = [row for row in rows if row["op"] == op and not row["machine"].get("gpu")]
+    return [row for row in there if runs.machine(row) == _last(there)]
 
 
 def _table(title: str, lines: list[tuple[str, ...]]) -> str:
@@ -194,7 +203,8 @@ def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:
 
 def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
     low, high = (runs.digits(row[name] / (1e3 if row["p50_ms"] >= 999.5 else 1)) for name in ("p20_ms", "p80_ms"))
-    ours = f"{row['contestant']} {runs.duration(row['p50_ms'])} ({low} to {high})"
+    ours = "" if runs.ours(row) else "none; "
+    ours += f"{row['contestant']} {runs.duration(row['p50_ms'])} ({low} to {high})"
     if row.get("percent_of_limit"):
         ours += f", {row['percent_of_limit']:.0f} % of the {row['limit']} limit"
     rivals = {name: contestants.get(name, {}) for name in row["speedup"]}
@@ -235,7 +245,7 @@ def _of(row: Row, what: str, ours: str, against: str, memory: str, command: str)
 
 def _tokenizer(rows: list[Row]) -> Iterator[Line]:
     for row in rows:
-        if row["op"] == "tokenizer" and "saving" in row:
+        if "saving" in row:
             yield _of(
                 row,
                 f"tokenizing only frames that hold a masked position: {row['case']}",
@@ -249,7 +259,7 @@ def _tokenizer(rows: list[Row]) -> Iterator[Line]:
 
 def _data(rows: list[Row]) -> Iterator[Line]:
     """PyAV's backend on real files, beside bare loops without it."""
-    for of_case in runs.grouped((row for row in rows if row["op"] == "data"), lambda row: row["case"]).values():
+    for of_case in runs.grouped(rows, lambda row: row["case"]).values():
         by = {
             row["contestant"].split(",")[0]: row for row in reversed(of_case)
         }  # of two loops the one to the last frame

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.registry import OPS
+from benchmarks.registry import OPS, PARTS
 from benchmarks.rows import Row
 
 T = TypeVar("T")
@@ -19,13 +19,15 @@ WHOLE = ("forward+backward", "step", "forward")
 
 
 def read(folder: Path = RESULTS) -> list[Row]:
-    """Rows of every op, in the files' order.
+    """Rows of every op, in the order of a whole run.
 
     Without those of cases that the registry has no more, and those that say why somebody was not measured.
     """
     lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines())
     rows = (row for row in map(json.loads, lines) if "op" in row and "absent" not in row)
-    return [row for row in rows if row["op"] not in OPS or row["case"] in OPS[row["op"]].cases]
+    there = [row for row in rows if row["op"] not in OPS or row["case"] in OPS[row["op"]].cases]
+    order = list(dict.fromkeys(part.op for parts in PARTS.values() for part in parts))
+    return sorted(there, key=lambda row: order.index(row["op"]) if row["op"] in order else len(order))
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
@@ -48,6 +50,12 @@ def whole(rows: Iterable[Row]) -> list[Row]:
         there = {row["quantity"] for row in of_case}
         found += [row for row in of_case if row["quantity"] == next((name for name in WHOLE if name in there), None)]
     return found
+
+
+def swept(row: Row) -> bool:
+    """Whether its case is one of a series for memory or scaling, and not of a model."""
+    entry = OPS[row["op"]].cases.get(row["case"]) if row["op"] in OPS else None
+    return entry is not None and entry.group in ("memory", "scaling")
 
 
 def ours(row: Row) -> bool:

@@ -26,7 +26,7 @@ from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, TESTS, Part
 
 SECONDS = {"cpu": 3600.0, "cuda": 480.0}
 """For a whole run."""
-ROUNDS = {"cpu": 4.0, "cuda": 1.0}
+ROUNDS = {"cpu": 3.0, "cuda": 1.0}
 """Seconds for the timed rounds of a case."""
 GRACE = 30.0
 """What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "data": Command(
         "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
-        ("--seconds", "2"),
+        ("--seconds", "1"),
         ("av", "PIL", "rich"),
     ),
 }

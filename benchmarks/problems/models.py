@@ -168,6 +168,7 @@ class MaskedHead(Model):
     case: HeadCase
     names = (*IMPLEMENTATIONS, "dense", "dense compiled")
     quantities = (BOTH,)
+    least, warm = 3, 1  # a step of all positions takes seconds on a CPU
 
     def __init__(self, case: HeadCase, device: str) -> None:
         super().__init__(case, device)

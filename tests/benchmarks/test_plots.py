@@ -67,7 +67,7 @@ def test_whole_work() -> None:
 
 
 LABELS = {
-    "speed": ["native (ours)", "eager", "batch 2", "10.0 ms", "linear, forward+backward"],
+    "speed": ["native (ours)", "eager", "qkv", "10.0 ms", "linear, forward+backward"],
     "memory": ["native (ours)", "batch [clips] (log)", "tokens a window (log)", "peak memory [MiB] (log)"],
     "roofline": ["1  qkv: 12 % of arithmetic", "measured: 100 GFLOP/s, 10 GB/s", "FLOP a second (log)"],
     "step": ["swin-t, dalle", "3.60 s, 2.00 times as fast", "tokenizer", "time of a step, median [s]"],

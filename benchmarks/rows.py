@@ -22,7 +22,7 @@ Row = dict[str, Any]
 RESULTS = ("benchmarks/results", "benchmarks/plots", "README.md")
 """What is made of measurements, from the root: no change of what is measured."""
 
-KEY = ("commit", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
+KEY = ("commit", "dirty", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
 """A new row takes the place of one that agrees in these; all others stay."""
 
 

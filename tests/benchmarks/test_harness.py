@@ -312,7 +312,7 @@ def test_every_case_is_in_a_part(where: str) -> None:
     """Of the whole run of its device."""
     wanted = {(op, entry.group) for op in OPS for entry in OPS[op].cases.values() if where in entry.batch}
     assert {(part.op, part.group) for part in PARTS[where] if part.op in OPS} == wanted
-    assert {part.op for part in PARTS[where]} - set(OPS) == set(suite.COMMANDS)
+    assert {part.op for part in PARTS[where]} - set(OPS) <= set(suite.COMMANDS)
 
 
 def test_a_gpu_run_is_planned_for_eight_minutes() -> None:

@@ -1,12 +1,15 @@
 """What this machine can do at most: the denominators of "% of limit", measured in the run that they are for.
 
-Arithmetic: the fastest large matrix product of any library at hand. Memory: a copy of what no cache holds, its bytes
-read and written. A few seconds; what a data sheet says, nothing reaches.
+Arithmetic: the fastest large matrix product, or direct convolution, of any library at hand. Memory: a copy of what no
+cache holds, its bytes read and written. What a data sheet says, nothing reaches. `python -m benchmarks.limits DEVICE
+THREADS` prints both in five seconds, for a run that measures them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +17,9 @@ import torch.nn.functional as F
 from bevt_kernels import Spec, linear, select
 
 from benchmarks import timing
+from benchmarks.registry import DTYPES
 
-SIDE = {"cpu": 2048, "cuda": 8192}
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Of the matrices."""
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 """Bytes of the copy's source."""
@@ -30,24 +34,31 @@ class Limits(NamedTuple):
     """Bytes a second, read and written."""
 
 
-def measure(device: str, dtype: torch.dtype) -> Limits:
-    """The best of some rounds: a limit is what was reached, not what is usual."""
-    side = SIDE[device]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    products: dict[str, Callable[[], Any]] = {"mm": lambda: torch.mm(a, b.t())}
-    if device == "cpu" and dtype == torch.float32:  # where torch's own product may be far from the best
-        image = a.view(1, side, 1, side).permute(
-            0, 3, 1, 2
-        )  # channels-last, so a 1 x 1 convolution is oneDNN's product
-        products["convolution"] = lambda: F.conv2d(image, b[:, :, None, None])
-        if not select.reasons("linear", "native", Spec(device, dtype)):
-            products["linear"] = lambda: linear(a, b, impl="native")
-    source = torch.randint(256, (COPIED[device],), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+def measure(device: str) -> Limits:
+    """In the dtype of the device's benchmarks. The best round: a limit is what was reached, not what is usual."""
+    dtype = DTYPES[device]
     with torch.no_grad():
-        fastest = min(_least(product, device) for product in products.values())
-        copy = _least(lambda: target.copy_(source), device)
-    return Limits(2 * side**3 / fastest, 2 * len(source) / copy)
+        flops = max(flop / _least(work, device) for flop, work in _products(device, dtype))
+        source = torch.randint(256, (COPIED[device],), dtype=torch.uint8, device=device)
+        targets = [torch.empty_like(source) for _ in range(3)]  # where one lies makes a difference on a CPU
+        copy = min(_least(partial(target.copy_, source), device) for target in targets)
+    return Limits(flops, 2 * len(source) / copy)
+
+
+def _products(device: str, dtype: torch.dtype) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """FLOP and work of large products by each library at hand."""
+    for side in SIDES[device]:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        flop = 2 * side**3
+        yield flop, partial(torch.mm, a, b.t())
+        if device == "cpu" and not select.reasons("linear", "native", Spec(device, dtype)):
+            yield flop, partial(linear, a, b, impl="native")
+    if device == "cpu":  # oneDNN, where torch's own product may be far from the best
+        image = torch.randn(8, 512, 28, 28).contiguous(memory_format=torch.channels_last)
+        for size in (1, 3):
+            weight = torch.randn(512, 512, size, size).contiguous(memory_format=torch.channels_last)
+            flop = 2 * 8 * 28**2 * 512**2 * size**2
+            yield flop, partial(F.conv2d, image, weight, padding="same")
 
 
 def _least(work: Callable[[], Any], device: str) -> float:
@@ -58,3 +69,8 @@ def _least(work: Callable[[], Any], device: str) -> float:
         work()
 
     return min(total for _, total in timing.interleaved({"": step}, device, 0.5, most=20)[""]) / 1e3
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(*measure(sys.argv[1]))

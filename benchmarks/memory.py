@@ -86,9 +86,14 @@ def _cuda(problem: Problem, name: str) -> Peaks:
 
 def high_water(step: Callable[[], object]) -> int:
     """Bytes that were resident in this process at the peak of `step`."""
-    RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
+    _reset()
     step()
     return resident("VmHWM")
+
+
+def _reset() -> None:
+    """The high-water mark of this process' resident memory (proc(5))."""
+    RESET.write_text("5")
 
 
 def resident(key: str) -> int:
@@ -110,7 +115,7 @@ def _serve() -> None:
             torch._dynamo.reset()
             problem, built = build(op, case, "cpu"), (op, case)
         problem.step(name)
-        RESET.write_text("5")  # the high-water mark of resident memory (proc(5))
+        _reset()
         before = resident("VmRSS") - problem.kept(name)
         marks: list[int] = []
         results = problem.step(name, False, lambda: marks.append(resident("VmHWM")))  # noqa: B023

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ Row = dict[str, Any]
 
 RESULTS = ("benchmarks/results", "benchmarks/plots", "README.md")
 """What is made of measurements, from the root: no change of what is measured."""
+
+MEASURED = (
+    *("bevt", "kernels", "benchmarks/problems"),
+    *("benchmarks/timing.py", "benchmarks/memory.py", "benchmarks/limits.py"),
+)
+"""What a row is of, from the root: with this as it was, a case need not be measured again."""
+
+PEERS = (
+    *("torchvision", "transformers", "xformers", "liger-kernel", "cut-cross-entropy", "quack-kernels"),
+    *("av", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+)
+"""Distributions whose versions rows have, where they are installed."""
 
 KEY = ("commit", "dirty", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
 """A new row takes the place of one that agrees in these; all others stay."""
@@ -34,8 +47,8 @@ def path(op: str) -> Path:
 def environment(device: str) -> Row:
     """What a row says about where it was measured; nothing in it names a host or a path.
 
-    A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of both
-    packages, the benchmarks and the kernels' tests in any case.
+    A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of
+    MEASURED in any case.
     """
     commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD")
     changes = _output(
@@ -44,7 +57,7 @@ def environment(device: str) -> Row:
     return {
         "commit": commit or os.environ.get("BEVT_COMMIT", "unknown"),
         "dirty": None if commit is None else bool(changes),
-        "tree": verify.tree("bevt", "kernels", "benchmarks", "tests/kernels"),
+        "tree": verify.tree(*MEASURED),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "machine": _machine(device),
         "versions": {
@@ -52,6 +65,7 @@ def environment(device: str) -> Row:
             "torch": torch.__version__,
             "triton": version("triton"),
             "cuda": torch.version.cuda,
+            **{peer: found for peer in PEERS if (found := version(peer))},
         },
         "clocks": _clocks(device),
     }
@@ -105,23 +119,29 @@ def version(package: str) -> str | None:
 
 
 def save(path: Path, rows: list[Row]) -> None:
-    """Merge `rows` into the file at `path`, at once and whole; a copy goes to the folder $OUT where that is set."""
+    """Merge `rows` into the file at `path`, at once and whole, and add them to $OUT/rows.jsonl where that is set.
+
+    What says that a whole command could not run gives way to rows of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = {_key(row) for row in rows}
+    if not all("absent" in row for row in rows):
+        new |= {_key({**row, **dict.fromkeys(KEY[4:]), "case": "all"}) for row in rows}
     kept = [line for line in _text(path).splitlines() if _key(json.loads(line)) not in new]
-    lines = [*kept, *(json.dumps(row) for row in rows)]
+    lines = [json.dumps(row) for row in rows]
     temporary = path.with_suffix(".part")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.write_text("".join(f"{line}\n" for line in (*kept, *lines)))
     temporary.replace(path)
     if "OUT" in os.environ:
-        shutil.copyfile(path, Path(os.environ["OUT"]) / path.name)
+        with (Path(os.environ["OUT"]) / "rows.jsonl").open("a") as out:
+            out.writelines(f"{line}\n" for line in lines)
 
 
 def measured(path: Path, environment: Row, **wanted: Any) -> bool:
-    """Whether `path` has rows of this very tree, machine and versions that have the `wanted` values."""
-    wanted |= {name: environment[name] for name in ("tree", "machine", "versions")}
+    """Whether `path` has rows of this very code, machine and versions that have the `wanted` values, with times."""
+    wanted = json.loads(json.dumps(wanted | {name: environment[name] for name in ("tree", "machine", "versions")}))
     rows = map(json.loads, _text(path).splitlines())
-    return any(all(row.get(name) == value for name, value in wanted.items()) for row in rows)
+    return any("absent" not in row and all(row.get(name) == value for name, value in wanted.items()) for row in rows)
 
 
 def _key(row: Row) -> str:
@@ -170,6 +190,21 @@ def summary(rows: list[Row]) -> str:
     return _aligned([["case", "median ms", *names], *body])
 
 
+def main() -> int:
+    """`python -m benchmarks.rows FILE...`: merge rows that came back from another machine into benchmarks/results."""
+    files = [Path(name) for name in sys.argv[1:]]
+    if not files or not all(file.is_file() for file in files):
+        print("usage: python -m benchmarks.rows FILE..., each the rows.jsonl that a run left in $OUT", file=sys.stderr)
+        return 2
+    by_op: dict[str, list[Row]] = {}
+    for row in (json.loads(line) for file in files for line in file.read_text().splitlines()):
+        by_op.setdefault(row["op"], []).append(row)
+    for op, found in by_op.items():
+        save(path(op), list({_key(row): row for row in found}.values()))
+        print(f"{path(op).name}: {len(found)} rows")
+    return 0
+
+
 def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
@@ -180,3 +215,7 @@ def _aligned(lines: list[list[str]]) -> str:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

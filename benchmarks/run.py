@@ -23,7 +23,7 @@ from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import limits, memory, problems, rows, timing, verify
 from benchmarks.problems import Problem, Work
-from benchmarks.registry import DTYPES, OPS, QUANTITIES, TEST_SECONDS
+from benchmarks.registry import OPS, QUANTITIES, TEST_SECONDS
 
 FORWARD, BACKWARD, BOTH, FROZEN, STEP = QUANTITIES
 SECONDS = {"cpu": 25.0, "cuda": 1.5}
@@ -67,10 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS[args.device]), flush=True)
         if args.missing:
             known = {"op": args.op, "device": args.device, "threads": torch.get_num_threads()}
-            there_already = [case for case in cases if rows.measured(out, environment, case=case, **known)]
+            there_already = [
+                case
+                for case in cases
+                if rows.measured(out, environment, **known, case=case, problem=_problem(args, case))
+            ]
             print("".join(f"has rows of this code and machine: {case}\n" for case in there_already), end="")
             cases = [case for case in cases if case not in there_already]
-        most = limits.measure(args.device, DTYPES[args.device]) if cases else None
+        most = limits.Limits(*args.limits) if args.limits else limits.measure(args.device) if cases else None
         for i, case in enumerate(cases):
             if time.monotonic() - start > args.time_limit:
                 print(f"out of time, not measured: {', '.join(cases[i:])}")
@@ -85,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"\n{rows.summary(done)}")
     return 0
+
+
+def _problem(args: argparse.Namespace, case: str) -> dict[str, Any]:
+    return asdict(problems.grown(args.op, case, args.device))
 
 
 def positive(text: str) -> int:
@@ -106,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     parser.add_argument("--seconds", type=float, help=f"for the timed rounds of a case; default: {SECONDS}")
+    parser.add_argument(
+        "--limits", type=float, nargs=2, metavar=("FLOPS", "BANDWIDTH"), help="of this machine; default: measured"
+    )
     parser.add_argument("--missing", action="store_true", help="only cases without rows of this code and machine")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
@@ -143,12 +154,21 @@ def measure(
     if names:
         good, wrong = verify.contestants(problem, names)
         absent |= {name: f"is not timed: {why}" for name, why in wrong.items()}
+    for name in list(good):
+        try:
+            problem.step(name)  # what is timed may be larger than what is judged
+        except Exception as error:  # as in `verify.contestants`
+            if problem.contestants[name].ours:
+                raise verify.GateClosed(f"{name} fails, so nothing is timed: {verify.brief(error)}") from error
+            absent[name] = f"is not timed: {verify.brief(error)}"
+            good.remove(name)
     print("".join(f"  {name} {why}\n" for name, why in absent.items()), end="")
     print(f"  within the error rule: {', '.join(good) or 'nobody'}", flush=True)
     steps: dict[str, timing.Step] = {name: lambda mark, n=name: problem.step(n, False, mark) for name in good}
     frozen = [name for name in good if problem.contestants[name].ours] if problem.frozen else []
     steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
     times = timing.interleaved(steps, device, seconds, least=problem.least, warm=problem.warm)
+    notes = {name: problem.notes(name, len(times[name])) for name in good}
     peak = memory.peaks(problem, op, case, good, torch.get_num_threads()) if good else {}
     by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in problem.quantities}
     for name in good:
@@ -173,12 +193,13 @@ def measure(
             "contestant": name,
             "ours": contestant.ours,
             # The project may be run from its source tree, where the commit says more.
-            "version": rows.version(contestant.package) or "source tree",
+            "version": rows.version(contestant.package) or ("source tree" if contestant.package == "bevt" else None),
             "lacks": contestant.lacks or None,
         }
 
     unknown: rows.Row = {"p20_ms": None, "p50_ms": None, "p80_ms": None, "speedup": {}, "surcharge_over_frozen": None}
-    found = [{**row(problem.quantities[-1], name), "absent": why, **unknown} for name, why in absent.items()]
+    last = [quantity for quantity in problem.quantities if quantity != FROZEN][-1]
+    found = [{**row(last, name), "absent": why, **unknown} for name, why in absent.items()]
     for quantity, series in by_quantity.items():
         for name, ms in series.items():
             speedup = {
@@ -192,12 +213,17 @@ def measure(
             found.append(
                 {
                     **row(quantity, name),
-                    **_statistics(ms),
-                    **_rates(_without(work[quantity], problem.spared(name)), float(np.median(ms)) / 1e3, most),
+                    **statistics(ms),
+                    **_rates(
+                        _without(work[quantity], problem.spared(name)),
+                        float(np.median(ms)) / 1e3,
+                        most,
+                        problem.direct_count,
+                    ),
                     **_memory(peak.get(name), quantity, problem),
                     "speedup": speedup,
                     "surcharge_over_frozen": surcharge,
-                    **problem.notes(name, len(ms)),
+                    **notes[name],
                 }
             )
     return found
@@ -207,7 +233,8 @@ def _without(work: Work, spared: int) -> Work:
     return replace(work, flop=work.flop - spared) if spared else work
 
 
-def _statistics(ms: np.ndarray) -> dict[str, Any]:
+def statistics(ms: np.ndarray) -> dict[str, Any]:
+    """Median, 20th and 80th percentile, and how many rounds."""
     p20, p50, p80 = (_short(float(x)) for x in np.quantile(ms, (0.2, 0.5, 0.8)))
     return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(ms)}
 
@@ -217,14 +244,14 @@ def _short(x: float) -> float:
     return float(f"{x:.5g}")
 
 
-def _rates(work: Work, seconds: float, most: limits.Limits | None) -> dict[str, Any]:
+def _rates(work: Work, seconds: float, most: limits.Limits | None, direct: bool) -> dict[str, Any]:
     """Rates on the counted work, and the least time that the machine's limits allow for it over the measured one.
 
     The least time counts only pairs that no shift excludes, so that leaving them out is no way past 100 %. Where nobody
     counted the bytes, arithmetic is the limit.
     """
     percent, which = None, None
-    if most:
+    if most and not direct:
         least = {"arithmetic": (work.flop_unmasked or work.flop) / most.flops}
         if work.bytes:
             least["memory"] = work.bytes / most.bandwidth

@@ -20,15 +20,18 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import rows, verify
 from benchmarks.problems import KINDS
 from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, TESTS, Part
 
 SECONDS = {"cpu": 600.0, "cuda": 480.0}
-"""For a run; on a CPU twice that is needed for all."""
+"""For a run."""
 ROUNDS = {"cpu": 3.0, "cuda": 1.0}
 """Seconds for the timed rounds of a case."""
+IMPLEMENTATION = {"cpu": "native", "cuda": "triton"}
+"""Of ours; the plain PyTorch rival of a kernel is "eager", our own reference is for tests."""
 GRACE = 30.0
 """What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
 
@@ -40,18 +43,22 @@ class Command(NamedTuple):
     words: tuple[str, ...]
     needs: tuple[str, ...]
     """Modules that the ops do without."""
+    device: str
+    """On which it runs, whatever the run's."""
 
 
 COMMANDS = {
     "tokenizer": Command(
         "what tokenizing only frames with a masked position saves; layouts, precisions",
-        ("--seconds", "15", "--threads", str(torch.get_num_threads())),
+        ("--seconds", "15", "--device", "cpu", "--threads", str(torch.get_num_threads())),
         ("safetensors",),
+        "cpu",
     ),
     "data": Command(
         "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
         ("--seconds", "1"),
         ("av", "PIL", "rich"),
+        "cpu",
     ),
 }
 
@@ -83,23 +90,25 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float) -> 
     """Tests, then the parts, for at most `seconds`; returns the exit code."""
     start = time.monotonic()
     red = _red_tests(device, parts)
+    limits = _limits(device) if any(part.op in OPS for part in parts) else []
     outcomes: list[tuple[Part, str]] = []
     for i, part in enumerate(parts):
         begun = time.monotonic()
-        left = start + seconds - begun - GRACE
+        left = start + seconds - begun
         print(f"\n== {part.name} ({i + 1} of {len(parts)}, {begun - start:.0f} s in)", flush=True)
         if part.op in OPS and red.intersection(OPS[part.op].tests):
             outcome = "not measured: its tests are red"
-        elif left < (GRACE if device == "cuda" else part.seconds):  # on a CPU a case may take minutes
+        elif left < part.seconds:
             outcome = "not measured: out of time"
-        elif part.op in COMMANDS and not again and _has_rows(part.op, device):
+        elif part.op in COMMANDS and not again and _has_rows(part.op):
             outcome = "has rows of this code and machine"
         elif missing := [name for name in _needs(part.op) if importlib.util.find_spec(name) is None]:
             outcome = f"not measured: needs {', '.join(missing)}"
-            absent = {"op": part.op, "case": "all", "device": device, "absent": outcome}
-            rows.save(rows.path(part.op), [{**rows.environment(device), **absent}])
+            absent = {"op": part.op, "case": "all", "absent": outcome}
+            rows.save(rows.path(part.op), [{**rows.environment(COMMANDS[part.op].device), **absent}])
         else:
-            outcome = _run(_command(part, device, again, left), left + GRACE if device == "cuda" else 10 * part.seconds)
+            most = min(left, 2 * part.seconds)  # one that hangs must not cost the others' time
+            outcome = _run(_command(part, device, again, most, limits), most + GRACE)
         outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
     print(f"\n{'part':50}outcome")
     print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
@@ -128,28 +137,37 @@ def _needs(op: str) -> tuple[str, ...]:
     return COMMANDS[op].needs if op in COMMANDS else ()
 
 
-def _has_rows(op: str, device: str) -> bool:
-    return rows.measured(rows.path(op), rows.environment(device), op=op)
+def _has_rows(op: str) -> bool:
+    return rows.measured(rows.path(op), rows.environment(COMMANDS[op].device), op=op)
 
 
-def _command(part: Part, device: str, again: bool, left: float) -> list[str]:
+def _limits(device: str) -> list[str]:
+    """What the machine can do at most, as arguments of `run`: once, so that all parts have the same."""
+    command = [sys.executable, "-m", "benchmarks.limits", device, str(torch.get_num_threads())]
+    done = subprocess.run(command, cwd=verify.ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    print(f"limits, FLOP/s and bytes/s: {done.stdout.strip()}", flush=True)
+    return ["--limits", *done.stdout.split()]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _command(part: Part, device: str, again: bool, left: float, limits: list[str]) -> list[str]:
     if part.op in COMMANDS:
         return [part.op, *COMMANDS[part.op].words]
     missing = [] if again else ["--missing"]
     timing = ["--seconds", str(ROUNDS[device]), "--time-limit", f"{left:.0f}"]
-    # The plain PyTorch rival of a kernel is "eager"; our own reference is for tests.
-    ours = ["--impl", "triton" if device == "cuda" else "native"]
-    return ["run", part.op, "--group", part.group, "--device", device, *timing, *ours, *missing]
+    ours = ["--impl", IMPLEMENTATION[device]]
+    return ["run", part.op, "--group", part.group, "--device", device, *timing, *limits, *ours, *missing]
 
 
 def _run(words: list[str], seconds: float) -> str:
     """How a command of this package ended."""
-    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
     try:
-        done = subprocess.run(
-            command, cwd=verify.ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=seconds, check=False
-        )
+        done = subprocess.run(command, cwd=verify.ROOT, env=_environment(), timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return "out of time"
     return "done" if done.returncode == 0 else f"ended with {done.returncode}"
@@ -164,7 +182,9 @@ def dry_run(device: str, parts: Sequence[Part]) -> int:
         if part.op in COMMANDS:
             print(f"  {COMMANDS[part.op].about}")
             continue
-        print(f"  {DTYPES[device]}, contestants: {', '.join(KINDS[part.op].names)}")
+        ours = [impl for impl in IMPLEMENTATIONS if impl != IMPLEMENTATION[device]]
+        names = [name for name in KINDS[part.op].names if name not in ours or part.op == "train_step"]
+        print(f"  {DTYPES[device]}, contestants: {', '.join(names)}")
         for name, entry in OPS[part.op].cases.items():
             if entry.group == part.group and device in entry.batch:
                 shape = ", ".join(f"{key} {value}" for key, value in asdict(entry.case).items())

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import rows, timing, verify
-from benchmarks.run import positive
+from benchmarks.problems.train import random_encoder
+from benchmarks.run import positive, statistics
 from bevt import masking
 from bevt.config import Config, TokenizerConfig
 from bevt.data.batch import Batch
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     common = {**rows.environment(args.device), "op": "tokenizer", "device": args.device, "threads": args.threads}
-    encoder = random_encoder()
+    encoder = random_encoder(torch.rand(2, 3, 112, 112))
     done = [
         {**common, **row}
         for row in (
@@ -61,18 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gain = "".join(f", {value:.3f} times as fast as {rival}" for rival, value in row["speedup"].items())
         print(f"{row['quantity']}, {row['contestant']}: {row['p50_ms']:.5g} ms{gain}")
     return 0
-
-
-def random_encoder() -> DalleEncoder:
-    """Its codes differ from place to place: a head's bias that takes the mean of the logits away sees to it."""
-    torch.manual_seed(0)
-    encoder = DalleEncoder().requires_grad_(False)
-    for module in encoder.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    means = DalleTokenizer(encoder).rows(torch.rand(2, 3, 112, 112)).mean(0) @ encoder.head.weight.flatten(1).T
-    encoder.head.get_parameter("bias").sub_(means)
-    return encoder
 
 
 def masked_frames(config: Config, tokenizer: DalleTokenizer, args: argparse.Namespace) -> list[rows.Row]:
@@ -112,11 +101,11 @@ def masked_frames(config: Config, tokenizer: DalleTokenizer, args: argparse.Name
         "tokenizer": tokenizer.implementations,
     }
     return [
-        {**extra, "contestant": "all frames", **_statistics(whole)},
+        {**extra, "contestant": "all frames", **statistics(whole), "speedup": {}},
         {
             **extra,
             "contestant": "masked frames",
-            **_statistics(ratio * whole),
+            **statistics(ratio * whole),
             "share_of_frames": share,
             "saving": saving,
             "speedup": {"all frames": float(np.median(1 / ratio))},
@@ -146,7 +135,7 @@ def variants(encoder: DalleEncoder, args: argparse.Namespace) -> list[rows.Row]:
             "dtype": settings.get(name, {}).get("precision", "float32"),
             "quantity": f"{frames} frames",
             "contestant": name,
-            **_statistics(ms),
+            **statistics(ms),
             "speedup": {"contiguous": float(np.median(times["contiguous"] / ms))} if name != "contiguous" else {},
         }
         for name, ms in times.items()
@@ -167,11 +156,6 @@ def _times(steps: dict[str, Any], args: argparse.Namespace) -> dict[str, np.ndar
         {name: step(work) for name, work in steps.items()}, args.device, args.seconds, least=3, warm=1
     )
     return {name: np.array(pairs)[:, 1] for name, pairs in taken.items()}
-
-
-def _statistics(ms: np.ndarray) -> rows.Row:
-    p20, p50, p80 = (float(f"{x:.5g}") for x in np.quantile(ms, (0.2, 0.5, 0.8)))
-    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(ms), "speedup": {}}
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ class GateClosed(Exception):
 SOURCES = (".py", ".cpp", ".h", ".cu", ".so", ".json")
 
 
-def tree(*folders: str) -> str:
-    """Hash of the code in `folders`, from the root, native library included; results are none."""
+def tree(*paths: str) -> str:
+    """Hash of the code at `paths`, folders or files from the root, native library included."""
     digest = hashlib.sha256()
-    files = [ROOT / "tests" / "conftest.py"]
-    for folder in folders:
-        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES and p.parent.name != "results"]
+    files: list[Path] = []
+    for path in map(ROOT.joinpath, paths):
+        files += [p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in SOURCES]
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -43,7 +43,7 @@ def tree(*folders: str) -> str:
 def _stamp(path: str, device: str) -> Path:
     """The file that says that the tests at `path` were green."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    state = (tree("kernels", "tests/kernels"), path, device, gpu, torch.__version__, sys.version)
+    state = (tree("kernels", "tests/kernels", "tests/conftest.py"), path, device, gpu, torch.__version__, sys.version)
     return STAMPS / hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
@@ -65,7 +65,7 @@ def green(patterns: Sequence[str], device: str, seconds: float) -> str:
     if not paths:
         return f"tests: {' '.join(asked)} green on {device} (remembered)"
     if not find_spec("pytest"):
-        raise GateClosed("the tests that come first need pytest: pip install pytest pytest-benchmark")
+        raise GateClosed("the tests that come first need pytest: pip install pytest pytest-timeout")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "-q", *paths]
@@ -97,6 +97,11 @@ def green(patterns: Sequence[str], device: str, seconds: float) -> str:
     return f"tests: {' '.join(paths)} green on {device} ({time.monotonic() - start:.0f} s)"
 
 
+def brief(error: Exception) -> str:
+    """Kind and first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+
+
 def contestants(problem: Problem, names: list[str]) -> tuple[list[str], dict[str, str]]:
     """Which of `names` compute the problem within the error rule, and what is wrong with the others.
 
@@ -115,5 +120,5 @@ def contestants(problem: Problem, names: list[str]) -> tuple[list[str], dict[str
         except Exception as error:  # whatever breaks in somebody else's code must not cost us the other figures
             if ours:
                 raise GateClosed(f"{name} is wrong, so nothing is timed: {error}") from error
-            wrong[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            wrong[name] = brief(error)
     return good, wrong

@@ -83,7 +83,7 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
     shallow = replace(config.model, depths=(1, 1, 1, 1))
     upstream = _counts(replace(_before(config), model=shallow))
     frame, (now, before) = rows[0], (memory.predict(c, gpus, device, again=a) for c, a in _ways(config))
-    gmac = frame.image_gmac or frame.clip_gmac / _masked_frames(config)
+    gmac = frame.image_gmac or frame.clip_gmac / masked_frames(config)
     clips, images = bool(config.train.clips), bool(config.train.images)
     done = [replace(frame, before=Counts(gmac * config.data.frames * clips, gmac * images, 0))]
     for row in rows[1:]:
@@ -118,7 +118,7 @@ def counted(config: Config) -> list[Component]:
         Component(
             f"tokenizer ({config.tokenizer.kind})",
             _size(module),
-            frame * _masked_frames(config) * clips,
+            frame * masked_frames(config) * clips,
             frame * images,
             none,
             trained=False,
@@ -257,19 +257,19 @@ def _inputs(config: Config, stream: Stream) -> MaskedInput:
     """A clip or an image of the recipe's size, with as many slots as a mask covers on average."""
     side, depth = config.data.crop // 16, config.data.frames // PATCH[0]
     if stream == "images":
-        slots = _masked(config.image_mask, (1, side, side))
+        slots = masked_positions(config.image_mask, (1, side, side))
     else:
-        slots = PATCH[0] * _masked(config.clip_mask, (depth, side, side))
+        slots = PATCH[0] * masked_positions(config.clip_mask, (depth, side, side))
     with torch.device("meta"):
         return replace(memory.unseen(config, stream, 1), slots=slots)
 
 
-def _masked(config: MaskConfig, grid: tuple[int, int, int]) -> int:
+def masked_positions(config: MaskConfig, grid: tuple[int, int, int]) -> int:
     """Positions of the token grid that a mask covers on average, over 1024 draws."""
     return round(masking.generate(config, np.arange(1024), grid).sum() / 1024)
 
 
-def _masked_frames(config: Config) -> float:
+def masked_frames(config: Config) -> float:
     """Frames of a clip that hold a masked position, on average over 1024 draws."""
     side = config.data.crop // 16
     masks = masking.generate(config.clip_mask, np.arange(1024), (config.data.frames // PATCH[0], side, side))

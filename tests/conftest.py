@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     # torch's pool of compiler processes stood still for eight minutes once, and two tests at a time fill two cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from benchmarks.problems.base import torchvision_schemas
+from benchmarks.foreign import torchvision_schemas
 
 if TYPE_CHECKING:
     from bevt.data import shapes

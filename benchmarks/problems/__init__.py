@@ -9,7 +9,7 @@ from benchmarks.problems.models import MaskedHead, VideoSwinStep
 from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
 from benchmarks.problems.train import TrainingStep
 from benchmarks.problems.yardstick import VideoMAEStep
-from benchmarks.registry import OPS, PER_CLIP
+from benchmarks.registry import OPS, PER_CLIP, Case
 
 __all__ = [
     "KINDS",
@@ -27,6 +27,7 @@ __all__ = [
     "WindowAttention",
     "Work",
     "build",
+    "grown",
 ]
 
 KINDS: dict[str, type[Problem]] = {
@@ -42,9 +43,15 @@ KINDS: dict[str, type[Problem]] = {
 }
 
 
-def build(op: str, case: str, device: str) -> Problem:
-    """The problem of a registry case. Raises KeyError where it has no batch for the device."""
+def grown(op: str, case: str, device: str) -> Case:
+    """A registry case at its batch for the device. Raises KeyError where it has none."""
     entry = OPS[op].cases[case]
     n = entry.batch[device]
-    grown = {name: n * getattr(entry.case, name) for name in PER_CLIP if hasattr(entry.case, name)}
-    return KINDS[op](replace(entry.case, **grown), device)
+    return replace(
+        entry.case, **{name: n * getattr(entry.case, name) for name in PER_CLIP if hasattr(entry.case, name)}
+    )
+
+
+def build(op: str, case: str, device: str) -> Problem:
+    """The problem of a registry case. Raises KeyError where it has no batch for the device."""
+    return KINDS[op](grown(op, case, device), device)

@@ -6,9 +6,6 @@ gradients of those outputs that have one. A problem without any is a forward pas
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,7 +62,9 @@ class Problem(ABC):
     """What its rows say; of `registry.QUANTITIES`."""
     leaves: Leaves
     frozen: str | None = None
-    """The leaf whose gradient the last quantity leaves out."""
+    """The leaf whose gradient "frozen table" leaves out."""
+    direct_count = False
+    """Whether convolutions are counted as direct ones, of which Winograd's multiply a quarter: no share of a limit."""
     grads: Leaves
     least, warm = 5, 2
     """Rounds that are timed, and before them some that are not."""
@@ -126,22 +125,6 @@ def contestants(
         forward = theirs(rival.function)
         found[name] = Contestant(forward, rival.reasons(spec), False, rival.package, rival.lacks, rival.compiles)
     return found
-
-
-_SCHEMAS: list[torch.library.Library] = []
-"""Keeps the schemas registered: they end with the object."""
-
-
-def torchvision_schemas() -> None:
-    """Make torchvision's Python importable where its compiled ops are of another build of torch: it asks for these."""
-    if importlib.util.find_spec("torchvision") and not _SCHEMAS and not hasattr(torch.ops.torchvision, "nms"):
-        with contextlib.suppress(Exception):  # of many kinds; where it imports, nothing is missing
-            importlib.import_module("torchvision")
-            return
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _SCHEMAS.append(library)
 
 
 def leaf(x: Tensor) -> Tensor:

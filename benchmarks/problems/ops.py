@@ -216,6 +216,7 @@ class Conv3x3(Problem):
     case: ConvCase
     names = (*IMPLEMENTATIONS, *CONV3X3)
     quantities = (FORWARD,)
+    direct_count = True
 
     def __init__(self, case: ConvCase, device: str) -> None:
         super().__init__(case, device)

@@ -17,6 +17,7 @@ from benchmarks.problems.models import Model
 from benchmarks.registry import QUANTITIES, TrainCase
 from bevt import masking
 from bevt.config import Config, MaskConfig, resized, tokenizer_settings
+from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models.region import compile_regions
 from bevt.recipes import RECIPES
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bevt.models.bevt import MaskedInput, Stream
+    from bevt.tokenizers.dalle import DalleEncoder
+    from bevt.tokenizers.vq import VQModel
 
-NEEDS = {"safetensors": "tokenizers' files", "rich": "the trainer"}
-"""Packages that the ops' problems do without."""
-AGREEMENT = 0.995
-"""Of a path's codes with the reference path's in float32, at least: what half precision is allowed."""
+NEEDS = {"safetensors": "safetensors", "rich": "rich", "PIL": "pillow"}
+"""Modules that the ops' problems do without, and what pip calls them."""
+DISAGREEMENT = 0.005
+"""Of the codes, beside twice that of the reference path in the same dtype: ties, and what half precision may cost."""
 KEPT = "fused, tokens kept"
 RATE = 1e-5
 """Learning rate of the steps that are timed."""
@@ -67,27 +70,34 @@ class TrainingStep(Model):
     """The joint recipe's step on the fused and on the reference path, as `bevt pretrain` builds them.
 
     "tokens kept": with a token cache that has every view, as in later epochs (`--tokenizer.cache`), which the reference
-    path does not have. Judged on one clip and two images, in two parts: codes at the masked positions by how many agree
-    with those of the reference path in float32; loss and gradients on those codes, so that a code which differs is not
-    an error of the model.
+    path does not have. Judged on one clip and two images, in two parts. Codes at the masked positions: by how many are
+    not the reference path's in float32, beside how many of that path's in the same dtype are not. Loss and gradients:
+    on float32's codes, so that a code which differs is not an error of the model.
     """
 
     case: TrainCase
     names = ("fused", KEPT, "reference")
     quantities = QUANTITIES[-1:]
-    least, warm = 3, 1  # a step takes seconds on a CPU
+    warm = 0  # a step takes seconds on a CPU, and one was run before
 
     def __init__(self, case: TrainCase, device: str) -> None:
         super().__init__(case, device)
         self.leaves, self.grads = {}, {}
-        missing = [f"needs {name} for {what}: pip install {name}" for name, what in NEEDS.items() if not _has(name)]
+        missing = [f"needs {name}: pip install {pip}" for name, pip in NEEDS.items() if not _has(name)]
+        self.direct_count = device == "cpu" and case.tokenizer == "dalle"
         self.contestants = {n: Contestant(lambda leaves: {}, missing, n != "reference") for n in self.names}
         self.precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         self.seconds: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
         self.steps: dict[str, TrainStep] = {}
         self.batch = synthetic_batch(self._config("fused"))
+        if device == "cuda":  # as the loader has them
+            self.batch = replace(
+                self.batch,
+                clips=cast(Tensor, self.batch.clips).pin_memory(),
+                images=cast(Tensor, self.batch.images).pin_memory(),
+            )
         self.folder = tempfile.TemporaryDirectory()
-        self.encoder: nn.Module | None = None
+        self.encoder: DalleEncoder | None = None
         self.tokenizing = 0
 
     def _config(self, path: str, precision: str = "", clips: int = 0, images: int = 0) -> Config:
@@ -107,20 +117,17 @@ class TrainingStep(Model):
         )
 
     def _tokenizer(self, config: Config) -> Tokenizer:
-        """Of random weights, whose logits differ as much as pixels do."""
-        from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
-        from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+        """Of random weights."""
+        from bevt.tokenizers.dalle import DalleTokenizer
+        from bevt.tokenizers.vq import VQTokenizer
 
         device, settings = torch.device(self.device), tokenizer_settings(config)
-        torch.manual_seed(0)
+        frames = cast(Tensor, self.batch.clips)[0, :2]
         if self.case.tokenizer == "vq":
-            return VQTokenizer(VQModel(VQConfig()), settings).to(device)
+            return VQTokenizer(random_vq(augment.tokenizer_view(frames, self.case.side // 2)), settings).to(device)
         if self.encoder is None:
-            self.encoder = DalleEncoder()
-            for conv in self.encoder.modules():
-                if isinstance(conv, nn.Conv2d):
-                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        return DalleTokenizer(cast(DalleEncoder, copy.deepcopy(self.encoder)), settings).to(device)
+            self.encoder = random_encoder(augment.tokenizer_view(frames, self.case.side // 2))
+        return DalleTokenizer(copy.deepcopy(self.encoder), settings).to(device)
 
     def _trainer(self, config: Config, cache: str = "") -> TrainStep:
         """What steps a seeded model; `cache`: with a token cache of that name, which is empty at first."""
@@ -148,17 +155,21 @@ class TrainingStep(Model):
         mark()
         step = self.steps[name]
         step.phases.start()
-        step(RATE, [self.batch])
+        result = step(RATE, [self.batch])
         self.seconds[name].append(step.phases.read())  # waits for the device
+        if not result.finite:
+            raise FloatingPointError("the loss or a gradient is not finite")
+        if step.cache and len(self.seconds[name]) == 1:
+            step.cache.flush()
         return {}
 
     def kept(self, name: str) -> int:
         """Weights, moments and the tokenizer's weights."""
         step = self.steps[name]
         moments = (x for state in step.optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
-        frozen = getattr(step.tokenizer, "encoder", None)
-        tensors = [*step.model.parameters(), *moments, *(frozen.parameters() if isinstance(frozen, nn.Module) else ())]
-        return sum(x.nbytes for x in tensors)
+        modules = (x for x in vars(step.tokenizer).values() if isinstance(x, nn.Module))
+        frozen = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+        return sum(x.nbytes for x in {id(x): x for x in (*step.model.parameters(), *moments, *frozen)}.values())
 
     def notes(self, name: str, rounds: int) -> dict[str, Any]:
         """Seconds of each phase, medians."""
@@ -175,18 +186,28 @@ class TrainingStep(Model):
         """Of the reference path; sets `codes`, which `answer` needs."""
         inputs, step = self._judged("reference", "float32")
         self.codes = self._codes(inputs)
+        if len(self.codes.unique()) < min(100, len(self.codes) // 8):
+            raise ValueError(f"the tokenizer has {len(self.codes.unique())} codes here: agreement would say nothing")
+        eager = self.codes
         if self.precision != "float32":
-            step = self._trainer(self._config("reference", self.precision, 1, 2))
+            half, step = self._judged("reference", self.precision)
+            eager = self._codes(half)
         wide = self._trainer(self._config("reference", "float64", 1, 2))
-        return self._gradients(inputs, wide), self._gradients(inputs, step)
+        return self._gradients(inputs, wide), {**self._gradients(inputs, step), "codes": eager}
 
     def _judged(self, path: str, precision: str, cache: str = "") -> tuple[dict[Stream, MaskedInput], TrainStep]:
         """One clip and two images as the model takes them, and what steps a new model. From a cache the second time."""
         config = self._config(path, precision, 1, 2)
+        if precision == "float32":  # whatever the tokenizer would choose for itself on this device
+            config = replace(config, tokenizer=replace(config.tokenizer, precision="float32"))
         step = self._trainer(config, cache)
         batch, device = synthetic_batch(config), torch.device(self.device)
-        for _ in range(2 if cache else 1):
+        inputs = masked_inputs(batch, step.tokenizer, config, device, step.cache)
+        if step.cache:
+            step.cache.flush()
+            step.cache.share()
             inputs = masked_inputs(batch, step.tokenizer, config, device, step.cache)
+            assert step.cache.share() == 1, "the token cache did not keep the codes"
         seeds = {"clips": batch.clip_seeds, "images": batch.image_seeds}
         return {stream: step._dropped(x, seeds[stream]) for stream, x in inputs.items()}, step
 
@@ -209,24 +230,67 @@ class TrainingStep(Model):
 
     def check(self, results: Leaves, oracle: Leaves, eager: Leaves, note: str, times: float) -> None:
         """By the error rule, but for codes."""
-        codes = results.pop("codes")
-        same = float((codes == self.codes).double().mean())
-        assert same >= AGREEMENT, f"codes{note}: {100 * same:.2f} % agree with float32's, expected {100 * AGREEMENT} %"
+        other, eagers = (float((x["codes"] != self.codes).double().mean()) for x in (results, eager))
+        most = times * eagers + DISAGREEMENT
+        assert other <= most, (
+            f"codes{note}: {100 * other:.2f} % are not float32's, at most {100 * most:.2f} % may be others"
+        )
+        results = {what: x for what, x in results.items() if what != "codes"}
         super().check(results, oracle, eager, note, times)
 
     def work(self) -> dict[str, Work]:
-        """Decoders, head and tokenizer at masked positions and frames, as many as there are on average."""
+        """Decoders, head and tokenizer at the masked positions and frames of the batch."""
         from bevt import budget
 
-        config = self._config("fused")
-        if self.case.tokenizer == "vq":
+        config, case = self._config("fused"), self.case
+        if case.tokenizer == "vq":
             config = replace(config, tokenizer=replace(config.tokenizer, kind="vq"))
-        self.tokenizing, training = map(round, budget.step_flop(config))
-        return {QUANTITIES[-1]: Work(training + self.tokenizing)}
+        clips, images = (cast(Tensor, x) for x in (self.batch.clip_masks, self.batch.image_masks))
+        grids = (clips.shape[1:], (1, *images.shape[1:]))
+        settings = (config.clip_mask, config.image_mask)
+        usual = [budget.masked_positions(*each) for each in zip(settings, grids)]
+        more = [float(mask.sum()) / len(mask) / n for mask, n in zip((clips, images), usual)]
+        frames = 2 * float(clips.any(-1).any(-1).sum()) / len(clips) / budget.masked_frames(config)
+        tokenizer, *others = (row for row in budget.counted(config) if not row.name.startswith(" "))
+        gmac = len(clips) * tokenizer.clip_gmac * frames + len(images) * tokenizer.image_gmac
+        self.tokenizing = round(2e9 * gmac)
+        training = 0.0
+        for row in others:
+            shares = more if row.name in budget.BEHIND else (1.0, 1.0)
+            training += 6e9 * (len(clips) * row.clip_gmac * shares[0] + len(images) * row.image_gmac * shares[1])
+        return {QUANTITIES[-1]: Work(round(training) + self.tokenizing)}
 
     def spared(self, name: str) -> int:
         """Tokenizing, where tokens are kept."""
         return self.tokenizing if name == KEPT else 0
+
+
+def random_encoder(pixels: Tensor) -> DalleEncoder:
+    """DALL-E's of published size. Its codes differ from place to place: its head's bias takes the mean logits away.
+
+    `pixels` (M, 3, H, W) in [0, 1] are of the kind that it will see.
+    """
+    from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
+
+    torch.manual_seed(0)
+    encoder = DalleEncoder().requires_grad_(False)
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    means = DalleTokenizer(encoder).rows(pixels).mean(0) @ encoder.head.weight.flatten(1).T
+    encoder.head.get_parameter("bias").sub_(means)
+    return encoder
+
+
+def random_vq(pixels: Tensor) -> VQModel:
+    """Our own tokenizer's model, with vectors of `pixels` (M, 3, H, W) in [0, 1] as its codes."""
+    from bevt.tokenizers.vq import VQConfig, VQModel
+
+    torch.manual_seed(0)
+    model = VQModel(VQConfig()).requires_grad_(False)
+    vectors = model.vectors(pixels).flatten(0, -2)
+    model.codebook.copy_(vectors[torch.arange(len(model.codebook)) % len(vectors)])
+    return model
 
 
 def _path(name: str) -> str:

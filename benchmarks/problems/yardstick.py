@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problems.base import Contestant, Forward, Leaves, Work, leaf, run, torchvision_schemas
+from benchmarks.foreign import torchvision_schemas
+from benchmarks.problems.base import Contestant, Forward, Leaves, Work, leaf, run
 from benchmarks.problems.models import Model
 from benchmarks.registry import VideoMAECase
 
@@ -50,9 +51,7 @@ def _transformers_reasons() -> list[str]:
         importlib.import_module("transformers.models.videomae.modeling_videomae")
     except Exception as error:  # its own and whatever a package that it finds beside it raises
         cause = error.__cause__ or error
-        return [
-            f"transformers cannot be imported ({str(cause).strip().splitlines()[0]}): a torchvision of another build?"
-        ]
+        return [f"transformers cannot be imported ({cause!r:.200}): a torchvision of another build?"]
     return []
 
 

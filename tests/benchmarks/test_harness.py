@@ -7,14 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 from bevt_kernels import baselines
-from bevt_kernels.testing import ArgmaxCase, LossCase, WindowCase
+from bevt_kernels.testing import ArgmaxCase, ConvCase, LinearCase, LossCase, WindowCase
 from bevt_kernels.window_attention import reference
 
 from benchmarks import limits, memory, problems, registry, rows, run, suite, timing, verify
@@ -246,7 +247,7 @@ def test_new_rows_replace_those_of_the_same_measurement(out: Path, monkeypatch: 
     got = lines(out)
     assert [r["commit"] for r in got] == ["older", "same", "same", "same"]
     assert [r["p50_ms"] for r in got] == [1.0, 1.0, 2.0, 1.0]
-    assert (copy / out.name).read_text() == out.read_text()
+    assert len((copy / "rows.jsonl").read_text().splitlines()) == 5
 
 
 def test_the_table_leaves_out_what_was_not_measured() -> None:
@@ -292,6 +293,8 @@ def test_registered_cases_are_possible(case: Case) -> None:
         assert case.side % 32 == 0
     elif isinstance(case, LossCase):
         assert case.used <= case.slots <= case.rows
+    elif isinstance(case, ArgmaxCase | LinearCase | ConvCase | HeadCase):
+        assert all(value > 0 for value in asdict(case).values() if isinstance(value, int))
     elif isinstance(case, WindowCase):
         assert all(size % w == 0 for size, w in zip(case.grid, case.window))
         assert all(t >= w > s for t, w, s in zip(case.table, case.window, case.shift))
@@ -315,8 +318,23 @@ def test_every_case_is_in_a_part(where: str) -> None:
     assert {part.op for part in PARTS[where]} - set(OPS) <= set(suite.COMMANDS)
 
 
-def test_a_gpu_run_is_planned_for_eight_minutes() -> None:
-    assert sum(part.seconds for part in PARTS["cuda"]) + registry.TESTS["cuda"] <= suite.SECONDS["cuda"] == 480
+def test_a_gpu_run_is_planned_for_eight_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """By its own estimates every part begins, whatever a part may take beyond."""
+    now = [0.0]
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
+
+    by_name = {part.name: part.seconds for part in PARTS["cuda"]}
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(suite, "_red_tests", lambda *_: pass_by(registry.TESTS["cuda"]) or set())
+    monkeypatch.setattr(suite, "_limits", lambda _: [])
+    monkeypatch.setattr(suite, "_needs", lambda _: ())
+    monkeypatch.setattr(suite, "_command", lambda part, *_: [part.name])
+    monkeypatch.setattr(suite, "_run", lambda words, _: pass_by(by_name[words[0]]) or "done")
+    assert suite.measure("cuda", PARTS["cuda"], True, suite.SECONDS["cuda"]) == 0
+    assert "not measured" not in capsys.readouterr().out
+    assert now[0] <= suite.SECONDS["cuda"] == 480
 
 
 def test_counted_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +390,19 @@ def test_training_step_is_the_same_on_both_paths(kind: str) -> None:
         weights = sum(p.nbytes for p in problem.steps[name].model.parameters())
         assert 3 * weights < problem.kept(name)  # and two moments
     assert problem.work()["step"].flop > problem.spared("fused, tokens kept") > problem.spared("fused") == 0
-    wrong = problem.judged(problem.answer("fused"))
-    wrong["codes"] = (wrong["codes"] + 1) % 8192
-    with pytest.raises(AssertionError, match=r"codes: 0\.00 % agree with float32's, expected 99\.5 %"):
-        problem.check(wrong, {}, {}, "", 2)
+    assert len(problem.codes.unique()) > len(problem.codes) // 8
+    answer = problem.judged(problem.answer("fused"))
+    oracle, eager = map(problem.judged, problem.truth())
+    shuffled = answer["codes"][torch.randperm(len(answer["codes"]))]
+    with pytest.raises(AssertionError, match=r"codes: \d+\.\d\d % are not float32's, at most 0\.50 % may be others"):
+        problem.check({**answer, "codes": shuffled}, oracle, eager, "", 2)
+    with pytest.raises(AssertionError, match=r"qkv\.weight: mean error"):
+        problem.check({**answer, "qkv.weight": 1.001 * answer["qkv.weight"]}, oracle, eager, "", 2)
+
+
+def test_torchvision_computes_the_same_encoder(torchvision_video: ModuleType) -> None:
+    problem = problems.VideoSwinStep(StepCase(1, "tiny", frames=2, side=224), "cpu")
+    assert verify.contestants(problem, ["torchvision"]) == (["torchvision"], {})
 
 
 def test_encoder_step_is_the_same_by_eager_attention() -> None:
@@ -442,7 +469,7 @@ def test_a_dry_run_names_every_input(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_an_unknown_part_is_answered_with_those_there_are(capsys: pytest.CaptureFixture) -> None:
     assert suite.main(["cpu", "--part", "window_attentoin"]) == 2
-    assert "no part 'window_attentoin' for cpu; there are: 'window_attention: cpu'" in capsys.readouterr().err
+    assert "no part 'window_attentoin' for cpu; there are: 'train_step: swin-t'" in capsys.readouterr().err
 
 
 class Ended(NamedTuple):
@@ -465,6 +492,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         suite, "_run", lambda words, _: "done" if process(["", "", *words]).returncode == 0 else "ended with 1"
     )
     monkeypatch.setattr(verify, "green", lambda patterns, *_: f"tests: {patterns}")
+    monkeypatch.setattr(suite, "_limits", lambda _: ["--limits", "1e12", "1e11"])
     monkeypatch.setattr(rows, "path", lambda op: tmp_path / f"{op}.jsonl")
     return begun
 
@@ -515,8 +543,30 @@ def test_a_missing_package_has_a_row_that_says_so(
     assert json.loads(rows.path("data").read_text())["absent"] == "not measured: needs av"
 
 
+def test_rows_from_another_machine_are_merged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(rows, "path", lambda op: tmp_path / f"{op}.jsonl")
+    back = tmp_path / "rows.jsonl"
+    back.write_text(
+        "".join(json.dumps({"op": op, "case": "a", "p50_ms": ms}) + "\n" for op, ms in (("x", 1), ("y", 2), ("x", 3)))
+    )
+    monkeypatch.setattr(sys, "argv", ["rows", str(back)])
+    assert rows.main() == 0
+    assert [row["p50_ms"] for row in lines(tmp_path / "x.jsonl")] == [3], "the last of the same measurement"
+    assert lines(tmp_path / "y.jsonl")[0]["p50_ms"] == 2
+    monkeypatch.setattr(sys, "argv", ["rows", str(tmp_path / "none")])
+    assert rows.main() == 2
+
+
+def test_a_part_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "sleep")
+    monkeypatch.setattr(suite.subprocess, "run", lambda words, run=subprocess.run, **k: run(["sleep", "60"], **k))
+    assert suite._run(["run"], 0.2) == "out of time"
+
+
 def test_limits_are_reached_by_something() -> None:
     """The best product and copy: of the order of what any CPU does."""
-    found = limits.measure("cpu", torch.float32)
+    found = limits.measure("cpu")
     assert 1e9 < found.flops < 1e13
     assert 1e8 < found.bandwidth < 1e12

@@ -25,10 +25,12 @@ def test_the_last_run_is_taken_whole() -> None:
 
 
 def test_changes_not_committed_count_where_nothing_else_does() -> None:
-    dirty = pair(commit="b", date="2026-01-09", dirty=True)
-    unknown = pair(commit="c", dirty=None)  # a tree without git, whose commit was given
+    clean = pair(commit="a", date="2026-01-07")
+    dirty = pair(commit="b", date="2026-01-08", dirty=True)
+    unknown = pair(commit="c", date="2026-01-09", dirty=None)  # a tree without git, whose commit was given
+    assert names(runs.newest([*clean, *dirty, *unknown])) == {("native", "a"), ("eager", "a")}
     assert names(runs.newest([*unknown, *dirty])) == {("native", "c"), ("eager", "c")}
-    assert names(runs.newest(dirty)) == {("native", "b"), ("eager", "b")}
+    assert [runs.commit(rows[0]) for rows in (clean, dirty, unknown)] == ["a", "b+", "c?"]
 
 
 def test_a_run_is_of_one_case_machine_and_dtype() -> None:

@@ -85,8 +85,8 @@ Medians, with the 20th and 80th percentile, of contestants that took turns after
 eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, or scratch,
 what of it is neither output nor gradient. The limit is the fastest large product, or copy, of the same run; a
 convolution counts as a direct one, of which ours multiplies a quarter. `make plots` writes this part, of each case from
-the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed, one with a ? is of a tree
-without git, which cannot tell.
+the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed, one with a ? is of a
+tree without git, which cannot tell.
 """
 COLUMNS = ("what", "ours", "against", "memory", "command", "row")
 
@@ -101,7 +101,7 @@ class Line(NamedTuple):
 
 def main() -> int:
     """The command; returns the exit code."""
-    README.write_text(updated(README.read_text(), runs.RESULTS))
+    README.write_text(updated(README.read_text(), runs.FOLDER))
     return 0
 
 

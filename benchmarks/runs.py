@@ -11,14 +11,14 @@ from benchmarks.registry import OPS, PARTS
 from benchmarks.rows import Row
 
 T = TypeVar("T")
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent / "results"
 OURS = ("native", "triton")
 """Contestants that are ours in rows older than the field."""
 WHOLE = ("forward+backward", "step", "forward")
 """The quantity that is all of a case's work: the first of these that it has."""
 
 
-def read(folder: Path = RESULTS) -> list[Row]:
+def read(folder: Path = FOLDER) -> list[Row]:
     """Rows of every op, in the order of a whole run.
 
     Without those of cases that the registry has no more, and those that say why somebody was not measured.

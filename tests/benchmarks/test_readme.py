@@ -17,7 +17,7 @@ from benchmarks.rows import Row
 def results(tmp_path: Path) -> Path:
     """A folder of rows, with the committed ones that are no op's."""
     for name in ("demo.jsonl", "aot.json"):
-        shutil.copy(runs.RESULTS / name, tmp_path)
+        shutil.copy(runs.FOLDER / name, tmp_path)
     return tmp_path
 
 
@@ -30,11 +30,11 @@ def lines(results: Path, *rows: Row) -> list[list[str]]:
 
 def test_it_is_not_stale() -> None:
     text = readme.README.read_text()
-    assert readme.updated(text, runs.RESULTS) == text, "the README is not of these rows: run `make plots` and commit"
+    assert readme.updated(text, runs.FOLDER) == text, "the README is not of these rows: run `make plots` and commit"
 
 
 def test_its_pictures_are_there_and_no_path_leaves_the_tree() -> None:
-    text = readme.measured(runs.RESULTS)
+    text = readme.measured(runs.FOLDER)
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
     assert not [link for link in links if not (readme.ROOT / link).is_file() or link.startswith(("/", ".."))]
@@ -103,4 +103,4 @@ def test_what_no_gpu_has_run_is_said_to_be_unmeasured(results: Path) -> None:
 
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("no <!-- measured: begin -->")):
-        readme.updated("# bevt\n", runs.RESULTS)
+        readme.updated("# bevt\n", runs.FOLDER)

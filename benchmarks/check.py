@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from bevt_kernels import native
 
-from benchmarks import check_worker, problems, rows, timing, trees, verify
+from benchmarks import check_worker, problems, rows, tables, timing, trees, verify
 from benchmarks.registry import OPS, QUANTITIES
 from benchmarks.run import positive
 from benchmarks.trees import Unusable
@@ -393,17 +393,7 @@ def table(times: dict[Key, Series], new: Sequence[Key]) -> str:
         interval = f"{verdict.low:.3f} .. {verdict.high:.3f}"
         lines.append((f"{', '.join(key)}, {who}", base, ours, f"{verdict.ratio:.3f}", interval, verdict.word()))
     lines += [(", ".join(key), "-", "-", "-", "-", "new: nothing to compare with") for key in new]
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Columns: the first and the last to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    last = len(widths) - 1
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
+    return tables.aligned(lines, left=(0, -1))
 
 
 def floor(committed: Sequence[rows.Row], key: Key, contestant: str, quantity: str, isa: str) -> tuple[float, str]:
@@ -453,7 +443,7 @@ def ratios(cases: Sequence[Key], seconds: float) -> int:
         below += [(op, case)] if low else []
         numbers = (f"{np.median(eager):.4g}", f"{np.median(ours):.4g}", f"{ratio:.2f}", f"{least:.2f}", where)
         lines.append((f"{op}, {case}, {name}", *numbers, "BELOW" if low else "good"))
-    print(f"\n{_aligned(lines)}")
+    print(f"\n{tables.aligned(lines, left=(0, -1))}")
     if below:
         print(f"BELOW the floor that the committed rows' speed-up over eager gives: {_listed(below)}")
     return int(bool(below))

@@ -2,7 +2,7 @@
 
 For each machine that has rows: speed beside others, memory, roofline, parts of a training step, scaling. Each shows the
 newest run of a case (benchmarks/runs.py) and names commits in its footer; the same rows and code give the same bytes
-with the same matplotlib. What has no rows is not drawn, and the command says so. --png writes a PNG beside each, to look at.
+with the same matplotlib. What has no rows is not drawn, and the command says so. --png writes PNGs too, to look at.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Everything but bench-gpu and ncu runs in .venv, which `make setup` makes; PYTHON picks the interpreter it is made with.
-# ARGS go to the benchmarks: `make bench ARGS="--part linear --again"`.
+# ARGS go to the benchmarks: `make bench ARGS="--part linear --again"`, `make bench-check ARGS="--op linear"`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -35,7 +35,6 @@ test: $(VENV)/.test
 
 # The suite's rivals are packages of the tests.
 bench: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.suite cpu $(ARGS)
 
 # From the source tree, with an interpreter that has torch and pytest already: a GPU machine may be one without a network.
@@ -49,14 +48,14 @@ plots: $(READY)
 
 # Of one step's kernels what NVIDIA's profiler counts: make ncu OP=window_attention CASE="swin-b video stage 1"
 ncu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.ncu "$(OP)" --case "$(CASE)"
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.ncu "$(OP)" --case "$(CASE)" $(ARGS)
 
 # Is the working tree slower than BASE, or than the commit of this machine's newest rows?
 bench-check: $(READY)
-	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(if $(BASE),--base "$(BASE)")
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 bench-ratios: $(READY)
-	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check --ratios
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check --ratios $(ARGS)
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet --group lint

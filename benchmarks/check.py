@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from bevt_kernels import native
 
-from benchmarks import check_worker, problems, rows, timing, trees, verify
+from benchmarks import check_worker, problems, rows, tables, timing, trees, verify
 from benchmarks.registry import OPS, QUANTITIES
 from benchmarks.run import positive
 from benchmarks.trees import Unusable
@@ -261,8 +261,11 @@ def machine_class(machine: Any) -> tuple[Any, ...] | None:
     return tuple(machine.get(name) for name in CLASS) if isinstance(machine, dict) else None
 
 
-def committed_rows() -> list[rows.Row]:
-    """Rows of a clean tree, as the last commit has them, or the files where there is no git."""
+def committed_rows(dirty: bool | None = False) -> list[rows.Row]:
+    """Rows of a clean tree, as the last commit has them, or the files where there is no git.
+
+    With `dirty` None instead those of trees without git, of which nobody knows whether they were clean.
+    """
     folder = "benchmarks/results"
     names = [path.name for path in sorted((trees.ROOT / folder).glob("*.jsonl"))]
     try:
@@ -272,13 +275,13 @@ def committed_rows() -> list[rows.Row]:
     if not any(texts):
         texts = [(trees.ROOT / folder / name).read_text() for name in names]
     found = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [row for row in found if row.get("dirty") is False]
+    return [row for row in found if row.get("dirty", True) is dirty]
 
 
-def base_commit(committed: Sequence[rows.Row], machine: rows.Row) -> str:
+def base_commit(committed: Sequence[rows.Row], machine: rows.Row, without_git: Sequence[rows.Row] = ()) -> str:
     """The newest commit that this repository has and that has rows of machines like `machine`.
 
-    Raises Unusable, with the classes there are, where none has.
+    Raises Unusable, with the classes there are, where none has; it says so where `without_git` has some.
     """
     by_class: dict[tuple[Any, ...], set[str]] = {}
     for row in committed:
@@ -292,9 +295,11 @@ def base_commit(committed: Sequence[rows.Row], machine: rows.Row) -> str:
             known.append(trees.commit(rev))
     if not known:
         listed = "\n".join(f"  {_class_words(where)}" for where in by_class)
+        here = any(machine_class(row.get("machine")) == mine for row in without_git)
+        why = "rows of this class are of trees without git: " if here else ""
         raise Unusable(
             f"no committed rows of a commit of this repository are from a machine of this class "
-            f"({_class_words(mine or ())}); there are rows of\n{listed}\nname a base: --base REV"
+            f"({_class_words(mine or ())}); there are rows of\n{listed}\n{why}name a base: --base REV"
         )
     return trees.git("rev-list", "--no-walk=sorted", "--max-count=1", *known).stdout.strip()
 
@@ -341,7 +346,7 @@ def against(base: str, args: argparse.Namespace) -> int:
     """Compare with a commit; returns the exit code. Raises Unusable and GateClosed."""
     cases = chosen(args.device, args.op, args.case)
     environment = rows.environment(args.device)
-    of = trees.commit(base) if base else base_commit(committed_rows(), environment["machine"])
+    of = trees.commit(base) if base else base_commit(committed_rows(), environment["machine"], committed_rows(None))
     if args.device == "cpu":
         if why := trees.stale():
             raise Unusable(why)
@@ -393,17 +398,7 @@ def table(times: dict[Key, Series], new: Sequence[Key]) -> str:
         interval = f"{verdict.low:.3f} .. {verdict.high:.3f}"
         lines.append((f"{', '.join(key)}, {who}", base, ours, f"{verdict.ratio:.3f}", interval, verdict.word()))
     lines += [(", ".join(key), "-", "-", "-", "-", "new: nothing to compare with") for key in new]
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Columns: the first and the last to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    last = len(widths) - 1
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
+    return tables.aligned(lines, left=(0, -1))
 
 
 def floor(committed: Sequence[rows.Row], key: Key, contestant: str, quantity: str, isa: str) -> tuple[float, str]:
@@ -453,7 +448,7 @@ def ratios(cases: Sequence[Key], seconds: float) -> int:
         below += [(op, case)] if low else []
         numbers = (f"{np.median(eager):.4g}", f"{np.median(ours):.4g}", f"{ratio:.2f}", f"{least:.2f}", where)
         lines.append((f"{op}, {case}, {name}", *numbers, "BELOW" if low else "good"))
-    print(f"\n{_aligned(lines)}")
+    print(f"\n{tables.aligned(lines, left=(0, -1))}")
     if below:
         print(f"BELOW the floor that the committed rows' speed-up over eager gives: {_listed(below)}")
     return int(bool(below))

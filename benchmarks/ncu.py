@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import problems, verify
+from benchmarks import problems, tables, verify
 from benchmarks.registry import OPS
 
 FOLDER = verify.ROOT / "build" / "ncu"
@@ -215,11 +215,7 @@ def table(kernels: dict[str, list[Launch]]) -> str:
         shown = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", name)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # torch's have hundreds of characters of templates
         lines.append([shown, str(number), *("-" if value is None else f"{value:.4g}" for value in values)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-        for line in lines
-    )
+    return tables.aligned(lines)
 
 
 def step(op: str, case: str, name: str) -> None:

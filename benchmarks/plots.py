@@ -1,8 +1,8 @@
 """`python -m benchmarks.plots`: pictures of the committed rows, benchmarks/plots/MACHINE-KIND.svg.
 
 For each machine that has rows: speed beside others, memory, roofline, parts of a training step, scaling. Each shows the
-newest run of a case (benchmarks/runs.py) and names commits in its footer; the same rows give the same bytes with the
-same matplotlib. What has no rows is not drawn, and the command says so. --png writes a PNG beside each, to look at.
+newest run of a case (benchmarks/runs.py) and names commits in its footer; the same rows and code give the same bytes
+with the same matplotlib. What has no rows is not drawn, and the command says so. --png writes PNGs too, to look at.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from benchmarks.rows import Row
 from bevt.train.phases import PHASES
 
 PLOTS = Path(__file__).parent / "plots"
+DRAWN_BY = (Path(__file__), Path(runs.__file__))
+"""The code that a picture is of."""
 LOOK = {
     "svg.hashsalt": "bevt",  # ids of clip paths are random without
     "svg.fonttype": "path",  # looks the same where the font is missing
@@ -72,7 +74,7 @@ STYLES = {
 }
 """Colour and marker by contestant."""
 OTHER = ("0.2", "x")
-PARTS = dict(zip(PHASES, (GREY, SKY, BLUE, ORANGE, GREEN), strict=True))
+PHASE_COLORS = dict(zip(PHASES, (GREY, SKY, BLUE, ORANGE, GREEN), strict=True))
 
 
 class Kind(NamedTuple):
@@ -122,8 +124,9 @@ def file_name(machine: str, kind: str) -> str:
 
 
 def fingerprint(rows: list[Row]) -> str:
-    """What a picture's description says of its rows, by which it is known to be stale."""
-    return f"rows {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]}"
+    """What a picture's description says of its rows and of the code that draws, by which it is known to be stale."""
+    drawn = json.dumps([rows, *(path.read_text() for path in DRAWN_BY)], sort_keys=True)
+    return f"rows and code {hashlib.sha256(drawn.encode()).hexdigest()[:16]}"
 
 
 def write(path: Path, rows: list[Row], png: bool = False) -> None:
@@ -268,8 +271,9 @@ def _times(size: Sequence[int]) -> str:
 
 
 def _memory_sweeps(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows of window attention by the field that grows."""
-    known = [row for row in runs.whole(rows) if row["op"] == "window_attention" and row.get("peak_mib")]
+    """Rows of window attention's series for memory, by the field that grows."""
+    swept = [row for row in runs.whole(rows) if row["op"] == "window_attention" and runs.swept(row)]
+    known = [row for row in swept if row.get("peak_mib")]
     sweeps = {"batch": _sweep(known, "batch"), "window": _sweep(known, "window", "table", "table_window", "shift")}
     return {field: found for field, found in sweeps.items() if found}
 
@@ -393,7 +397,8 @@ def _draw_step(figure: Figure, rows: list[Row]) -> None:
     ax = figure.subplots()
     unit, scale = ("s", 1.0) if max(row["p50_ms"] for row in rows) > 2e3 else ("ms", 1e3)
     longest = scale * max(sum(row["seconds"].values()) for row in rows)
-    shown = [name for name in PARTS if any(scale * row["seconds"].get(name, 0) > longest / 1000 for row in rows)]
+    least = longest / 1000
+    shown = [name for name in PHASE_COLORS if any(scale * row["seconds"].get(name, 0) > least for row in rows)]
     y, names = 0.0, {}
     for (_, case, _), of_case in runs.grouped(rows, runs.case).items():
         ax.text(0, y, case, transform=ax.get_yaxis_transform(), weight="bold", va="center")
@@ -403,7 +408,7 @@ def _draw_step(figure: Figure, rows: list[Row]) -> None:
             left = 0.0
             for part in shown:
                 width = scale * row["seconds"].get(part, 0)
-                ax.barh(y, width, 0.62, left, color=PARTS[part], label=part, edgecolor="white", linewidth=0.6)
+                ax.barh(y, width, 0.62, left, color=PHASE_COLORS[part], label=part, edgecolor="white", linewidth=0.6)
                 if width > longest / 18:
                     shade = "white" if part == "encoder" else "black"
                     ax.text(

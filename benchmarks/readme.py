@@ -85,7 +85,8 @@ Medians, with the 20th and 80th percentile, of contestants that took turns after
 eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, or scratch,
 what of it is neither output nor gradient. The limit is the fastest large product, or copy, of the same run; a
 convolution counts as a direct one, of which ours multiplies a quarter. `make plots` writes this part, of each case from
-the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed.
+the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed, one with a ? is of a
+tree without git, which cannot tell.
 """
 COLUMNS = ("what", "ours", "against", "memory", "command", "row")
 
@@ -100,7 +101,7 @@ class Line(NamedTuple):
 
 def main() -> int:
     """The command; returns the exit code."""
-    README.write_text(updated(README.read_text(), runs.RESULTS))
+    README.write_text(updated(README.read_text(), runs.FOLDER))
     return 0
 
 
@@ -129,7 +130,7 @@ def measured(results: Path) -> str:
     groups = runs.grouped(lines, lambda line: line.machine).values()
     newest_first = sorted(groups, key=lambda group: max(line.date for line in group), reverse=True)
     tables = [_table(group[0].machine, [line.cells for line in group]) for group in newest_first]
-    tables.append(_table("Compiled for GPUs, not run", list(_compiled(results / "aot.json"))))
+    tables.append(_table("Machine code, counted without a GPU", list(_compiled(results / "aot.json"))))
     missing = list(_unmeasured(rows))
     if missing:
         tables.append(_table("GPUs", missing))
@@ -186,7 +187,11 @@ def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:
     times = sorted(row["p50_ms"] for row in mine)
     names = dict.fromkeys(name for row in mine for name in row["speedup"])
     ratios = {name: sorted(row["speedup"][name] for row in mine if name in row["speedup"]) for name in names}
-    against = ", ".join(f"{found[0]:.2f} to {found[-1]:.2f} × {name}" for name, found in ratios.items())
+    against = ", ".join(
+        f"{found[0]:.2f} to {found[-1]:.2f} × {name}"
+        + (f" ({len(found)} of {len(mine)} cases)" if len(found) < len(mine) else "")
+        for name, found in ratios.items()
+    )
     field = next((name for name in ("scratch_mib", "peak_mib") if mine[0].get(name) is not None), "peak_mib")
     most = {
         name: max(
@@ -197,8 +202,7 @@ def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:
     memory = "; ".join(f"{name} {max(0, mib):.0f}" for name, mib in most.items() if mib is not None)
     ours = f"{mine[0]['contestant']} {runs.duration(times[0])} to {runs.duration(times[-1])}"
     about = f"{claim.words} ({len(mine)} cases)"
-    newest = sorted(mine, key=lambda row: row["date"])[-1]
-    return _of(newest, about, ours, against, f"{field.split('_')[0]} at most, MiB: {memory}", _command(newest, claim))
+    return _of(mine, about, ours, against, f"{field.split('_')[0]} at most, MiB: {memory}", _command(mine[0], claim))
 
 
 def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
@@ -212,7 +216,7 @@ def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
         f"{row['speedup'][name]:.2f} × {name}" + (f" (no {rival['lacks']})" if rival.get("lacks") else "")
         for name, rival in rivals.items()
     )
-    return _of(row, claim.words, ours, against, _memory(row, rivals), _command(row, claim))
+    return _of([row], claim.words, ours, against, _memory(row, rivals), _command(row, claim))
 
 
 def _memory(row: Row, rivals: dict[str, Row]) -> str:
@@ -237,17 +241,19 @@ def _command(row: Row, claim: Claim | None = None) -> str:
     return f"python -m benchmarks.{row['op']} {threads if row['op'] == 'tokenizer' else ''}".strip()
 
 
-def _of(row: Row, what: str, ours: str, against: str, memory: str, command: str) -> Line:
-    """With the row's file, commit and date."""
-    link = f"[{row['op']}.jsonl](benchmarks/results/{row['op']}.jsonl) {runs.commit(row)}, {row['date']}"
-    return Line(runs.machine(row), row["date"], (what, ours, against, memory, f"`{command}`", link))
+def _of(rows: list[Row], what: str, ours: str, against: str, memory: str, command: str) -> Line:
+    """With the rows' file, their commits from the oldest to the newest, and the newest one's date."""
+    *_, last = ordered = sorted(rows, key=lambda row: row["date"])
+    commits = ", ".join(dict.fromkeys(map(runs.commit, ordered)))
+    link = f"[{last['op']}.jsonl](benchmarks/results/{last['op']}.jsonl) {commits}, {last['date']}"
+    return Line(runs.machine(last), last["date"], (what, ours, against, memory, f"`{command}`", link))
 
 
 def _tokenizer(rows: list[Row]) -> Iterator[Line]:
     for row in rows:
         if "saving" in row:
             yield _of(
-                row,
+                [row],
                 f"tokenizing only frames that hold a masked position: {row['case']}",
                 runs.duration(row["p50_ms"]),
                 f"{100 * row['saving']:.0f} % less time than all frames, for "
@@ -269,7 +275,7 @@ def _data(rows: list[Row]) -> Iterator[Line]:
         row, loop = by["pyav"], bare["contestant"].split(",")[0]
         whole = row["decode_ms"] + row["augment_ms"]
         yield _of(
-            row,
+            [row],
             f"decoding on one core: {row['case']}, {row['quantity']}",
             f"pyav {runs.duration(row['decode_ms'])}; with resize and crop {runs.duration(whole)}",
             f"{100 * bare['decode_ms'] / row['decode_ms']:.0f} % of the rate of {loop} "
@@ -284,7 +290,7 @@ def _manifest(rows: list[Row]) -> Iterator[Line]:
         if "load_mib" in row:
             loaded = runs.duration(1e3 * row["load_seconds"])
             what = f"loading a manifest of {row['quantity']}"
-            yield _of(row, what, loaded, "", f"{row['load_mib']:.0f} MiB a process", _command(row))
+            yield _of([row], what, loaded, "", f"{row['load_mib']:.0f} MiB a process", _command(row))
 
 
 def _demo(path: Path) -> Iterator[Line]:

@@ -11,14 +11,14 @@ from benchmarks.registry import OPS, PARTS
 from benchmarks.rows import Row
 
 T = TypeVar("T")
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent / "results"
 OURS = ("native", "triton")
 """Contestants that are ours in rows older than the field."""
 WHOLE = ("forward+backward", "step", "forward")
 """The quantity that is all of a case's work: the first of these that it has."""
 
 
-def read(folder: Path = RESULTS) -> list[Row]:
+def read(folder: Path = FOLDER) -> list[Row]:
     """Rows of every op, in the order of a whole run.
 
     Without those of cases that the registry has no more, and those that say why somebody was not measured.
@@ -33,11 +33,12 @@ def read(folder: Path = RESULTS) -> list[Row]:
 def newest(rows: Iterable[Row]) -> list[Row]:
     """Of each case on each machine the rows of its last run, a clean tree's where there is one.
 
-    Contestants of different runs are never mixed. Last is by date, then by place in the file.
+    Of a tree without git nobody knows whether it was clean, so it counts as one that was not. Contestants of
+    different runs are never mixed. Last is by date, then by place in the file.
     """
     found: list[Row] = []
     for of_case in grouped(rows, lambda row: (machine(row), *case(row))).values():
-        clean = [row for row in of_case if not row["dirty"]] or of_case
+        clean = [row for row in of_case if row["dirty"] is False] or of_case
         last = sorted(clean, key=lambda row: row["date"])[-1]
         found += [row for row in clean if _run(row) == _run(last)]
     return found
@@ -96,8 +97,8 @@ def duration(ms: float) -> str:
 
 
 def commit(row: Row) -> str:
-    """Short, with a + where changes were not committed."""
-    return row["commit"][:7] + "+" * bool(row["dirty"])
+    """Short, with a + where changes were not committed, and a ? where no git could tell."""
+    return row["commit"][:7] + {False: "", True: "+", None: "?"}[row["dirty"]]
 
 
 def _run(row: Row) -> tuple[Any, ...]:

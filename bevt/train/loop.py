@@ -31,7 +31,7 @@ from bevt.data import DataError
 from bevt.data.batch import Loader
 from bevt.data.build import StepLoader, build_loader, check_held_out, source_kind
 from bevt.data.manifest import Kind, probe_source
-from bevt.devices import DEVICES
+from bevt.devices import BFLOAT16
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
 from bevt.models.reference import ReferenceBEVT
@@ -317,8 +317,7 @@ def _rate(config: Config, device: torch.device) -> float:
     """FLOP/s of the device's matrix products in the run's precision; 0: not known."""
     if device.type != "cuda" or config.train.precision != "bfloat16":
         return 0.0
-    known = DEVICES.get(torch.cuda.get_device_name(device))
-    return known.bfloat16 if known else 0.0
+    return BFLOAT16.get(torch.cuda.get_device_name(device), 0.0)
 
 
 def _whole(model: BEVT, config: Config, vocab_size: int, world: World) -> BEVT:

@@ -45,7 +45,7 @@ def everything() -> list[Row]:
         rows += pair(case=f"batch {batch}", problem=WINDOW | {"batch": batch})
     for depth in (2, 4, 8, 16):
         table = {"window": [depth, 7, 7], "table_window": [depth, 7, 7]}
-        rows += pair(case=f"window {depth}", problem=WINDOW | {"batch": 3} | table)
+        rows += pair(case=f"window {depth} x 7 x 7", problem=WINDOW | {"batch": 3} | table)
     limits = {"limits": {"flops": 1e11, "bandwidth": 1e10}, "percent_of_limit": 12.0, "limit": "arithmetic"}
     rows += pair(op="linear", case="qkv", problem=None, flop=10**8, flop_unmasked=None, bytes=10**7, **limits)
     for frames, side in ((8, 224), (16, 112), (16, 224), (32, 224)):

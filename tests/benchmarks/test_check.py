@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -111,7 +112,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     toy = Toy(tmp_path)
     environment = {"commit": toy.base, "dirty": False, "machine": MACHINE}
     monkeypatch.setattr(rows, "environment", lambda device: environment)
-    monkeypatch.setattr(check, "committed_rows", lambda: [{"commit": toy.base, "machine": MACHINE}])
+    clean: list[rows.Row] = [{"commit": toy.base, "machine": MACHINE}]
+    monkeypatch.setattr(check, "committed_rows", lambda dirty=False: clean if dirty is False else [])
     return toy
 
 
@@ -216,11 +218,15 @@ def test_no_rows_of_this_machine_class(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     other: rows.Row = {"commit": toy.base, "machine": {**MACHINE, "isa": "AVX512", "gpu": "big"}}
-    monkeypatch.setattr(check, "committed_rows", lambda: [other, {"commit": toy.base, "machine": "prose"}])
+    there: dict[bool | None, list[rows.Row]] = {False: [other, {"commit": toy.base, "machine": "prose"}], None: []}
+    monkeypatch.setattr(check, "committed_rows", lambda dirty=False: there[dirty])
     assert command() == 2
     error = capsys.readouterr().err
-    assert "(cpu toy, cores 2, isa AVX2); there are rows of\n  cpu toy, cores 2, isa AVX512, gpu big\n" in error
+    assert "(cpu toy, cores 2, isa AVX2); there are rows of\n  cpu toy, cores 2, isa AVX512, gpu big\nname a" in error
     assert "name a base: --base REV" in error
+    there[None] = [{"commit": toy.base, "machine": MACHINE}]
+    assert command() == 2
+    assert "\nrows of this class are of trees without git: name a base: --base REV" in capsys.readouterr().err
 
 
 def test_the_newest_commit_with_rows_is_the_base(toy: Toy) -> None:
@@ -234,10 +240,12 @@ def test_rows_count_once_they_are_committed(toy: Toy, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     monkeypatch.setattr(trees, "ROOT", toy.root)
     name = "benchmarks/results/toy.jsonl"
-    toy.write({name: '{"commit": "a", "dirty": false}\n{"commit": "b", "dirty": true}\n'})
+    found = [{"commit": commit, "dirty": dirty} for commit, dirty in (("a", False), ("b", True), ("d", None))]
+    toy.write({name: "".join(f"{json.dumps(row)}\n" for row in [*found, {"commit": "e"}])})
     toy.commit()
     toy.write({name: '{"commit": "c", "dirty": false}\n'})
     assert [row["commit"] for row in check.committed_rows()] == ["a"]
+    assert [row["commit"] for row in check.committed_rows(None)] == ["d"]
 
 
 def test_other_sources_are_built_once(toy: Toy, capsys: pytest.CaptureFixture) -> None:

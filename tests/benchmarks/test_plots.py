@@ -1,4 +1,4 @@
-"""Pictures of the committed rows: which rows are taken, what is drawn, and that what is committed is of them."""
+"""Pictures of the committed rows: which rows are taken, what is drawn, and that what is committed is up to date."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 from synthetic import CPU, GPU, WINDOW, everything, pair, row, steps
 
 from benchmarks import plots, runs
+from benchmarks.registry import OPS
 from benchmarks.rows import Row
 
 AGAIN = "run `make plots` and commit what it writes"
@@ -25,10 +26,12 @@ def test_the_last_run_is_taken_whole() -> None:
 
 
 def test_changes_not_committed_count_where_nothing_else_does() -> None:
-    dirty = pair(commit="b", date="2026-01-09", dirty=True)
-    unknown = pair(commit="c", dirty=None)  # a tree without git, whose commit was given
+    clean = pair(commit="a", date="2026-01-07")
+    dirty = pair(commit="b", date="2026-01-08", dirty=True)
+    unknown = pair(commit="c", date="2026-01-09", dirty=None)  # a tree without git, whose commit was given
+    assert names(runs.newest([*clean, *dirty, *unknown])) == {("native", "a"), ("eager", "a")}
     assert names(runs.newest([*unknown, *dirty])) == {("native", "c"), ("eager", "c")}
-    assert names(runs.newest(dirty)) == {("native", "b"), ("eager", "b")}
+    assert [runs.commit(rows[0]) for rows in (clean, dirty, unknown)] == ["a", "b+", "c?"]
 
 
 def test_a_run_is_of_one_case_machine_and_dtype() -> None:
@@ -96,6 +99,16 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "x-step.svg").read_bytes() == (tmp_path / "b" / "x-step.svg").read_bytes()
 
 
+def test_a_picture_is_stale_when_the_drawing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, code = everything(), plots.DRAWN_BY
+    before = plots.fingerprint(rows)
+    for i, path in enumerate(code):
+        changed = tmp_path / path.name
+        changed.write_text(path.read_text() + "\n")
+        monkeypatch.setattr(plots, "DRAWN_BY", (*code[:i], changed, *code[i + 1 :]))
+        assert plots.fingerprint(rows) != before
+
+
 def test_rows_that_lack_fields_are_left_out() -> None:
     """A roofline needs bytes and limits, memory a peak, a step its phases; none of them without a time is compared."""
     bare = [{name: value for name, value in one.items() if name != "peak_mib"} for one in pair()]
@@ -106,15 +119,17 @@ def test_rows_that_lack_fields_are_left_out() -> None:
 
 
 def test_a_sweep_varies_one_field() -> None:
-    """Cases of another map do not join it, nor do shifted ones."""
+    """Cases of another map do not join it, nor do shifted ones, nor those of a model, which are in no series."""
     sizes = [WINDOW | {"batch": batch} for batch in (1, 2)]
     others = [WINDOW | {"batch": 4, "grid": [8, 28, 28]}, WINDOW | {"batch": 8, "shift": [0, 3, 3]}]
-    rows = [one for i, problem in enumerate([*sizes, *others]) for one in pair(case=str(i), problem=problem)]
+    series = [case for case, entry in OPS["window_attention"].cases.items() if entry.group == "memory"]
+    cases = zip([*series[:4], "cpu target"], [*sizes, *others, WINDOW | {"batch": 16}])
+    rows = [one for case, problem in cases for one in pair(case=case, problem=problem)]
     picked = plots.pictures(rows)["some-cpu-2-cores-avx2-memory.svg"]
     assert {one["problem"]["batch"] for one in picked} == {1, 2}
 
 
-def test_committed_pictures_are_of_the_committed_rows() -> None:
+def test_committed_pictures_are_of_the_committed_rows_and_code() -> None:
     expected = plots.pictures(runs.newest(runs.read()))
     there = {path.name: path.read_text() for path in plots.PLOTS.glob("*.svg")}
     assert there.keys() == expected.keys(), AGAIN
@@ -124,5 +139,5 @@ def test_committed_pictures_are_of_the_committed_rows() -> None:
 
 def test_committed_pictures_name_no_path() -> None:
     for path in plots.PLOTS.glob("*.svg"):
-        assert str(runs.RESULTS.parents[1]) not in path.read_text()
+        assert str(runs.FOLDER.parents[1]) not in path.read_text()
         assert "file:" not in path.read_text()

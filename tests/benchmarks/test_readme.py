@@ -17,7 +17,7 @@ from benchmarks.rows import Row
 def results(tmp_path: Path) -> Path:
     """A folder of rows, with the committed ones that are no op's."""
     for name in ("demo.jsonl", "aot.json"):
-        shutil.copy(runs.RESULTS / name, tmp_path)
+        shutil.copy(runs.FOLDER / name, tmp_path)
     return tmp_path
 
 
@@ -30,11 +30,11 @@ def lines(results: Path, *rows: Row) -> list[list[str]]:
 
 def test_it_is_not_stale() -> None:
     text = readme.README.read_text()
-    assert readme.updated(text, runs.RESULTS) == text, "the README is not of these rows: run `make plots` and commit"
+    assert readme.updated(text, runs.FOLDER) == text, "the README is not of these rows: run `make plots` and commit"
 
 
 def test_its_pictures_are_there_and_no_path_leaves_the_tree() -> None:
-    text = readme.measured(runs.RESULTS)
+    text = readme.measured(runs.FOLDER)
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
     assert not [link for link in links if not (readme.ROOT / link).is_file() or link.startswith(("/", ".."))]
@@ -49,13 +49,17 @@ def test_claims_name_cases_that_there_are() -> None:
 
 
 def test_several_cases_are_a_line(results: Path) -> None:
-    one = pair(op="linear", case="swin-t stage 1 qkv", scratch_mib=1.0)
-    two = pair(op="linear", case="swin-t stage 1 fc1", scratch_mib=2.0, speedup={"eager": 1.5})
+    """Of every commit that has some of them; of a rival it says how many cases it has figures of."""
+    both: Row = {"op": "linear", "commit": "2222222", "date": "2026-01-02"}
+    one = pair(**both, case="swin-t stage 1 qkv", scratch_mib=1.0, dirty=None)
+    two = pair(**both | {"commit": "1111111", "date": "2026-01-01"}, case="swin-t stage 1 fc1", scratch_mib=2.0)
+    two[0]["speedup"] = {"eager": 1.5, "onednn": 1.2}
     (results / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*one, *two]))
     line = next(line for line in readme.measured(results).splitlines() if line.startswith("| Swin-T's linear layers"))
-    assert (
-        "(2 cases) | native 10.0 ms to 10.0 ms | 1.50 to 3.00 × eager | scratch at most, MiB: native 2; eager 2" in line
-    )
+    against = "1.50 to 3.00 × eager, 1.20 to 1.20 × onednn (1 of 2 cases)"
+    memory = "scratch at most, MiB: native 2; eager 2"
+    assert f"(2 cases) | native 10.0 ms to 10.0 ms | {against} | {memory}" in line
+    assert line.endswith("1111111, 2222222?, 2026-01-02 |")
     assert "`python -m benchmarks.run linear --device cpu --threads 2`" in line
 
 
@@ -99,4 +103,4 @@ def test_what_no_gpu_has_run_is_said_to_be_unmeasured(results: Path) -> None:
 
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("no <!-- measured: begin -->")):
-        readme.updated("# bevt\n", runs.RESULTS)
+        readme.updated("# bevt\n", runs.FOLDER)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+"""A test each: together they take 95 s of one core where nothing is cached."""
 LOOP = """
  .L_x_1:
         /*0000*/                   LDG.E R1, [R2.64] ;
@@ -107,9 +109,14 @@ def test_a_kernel_that_cannot_run_is_named() -> None:
     )
 
 
+def test_no_architecture_is_left_out(aot) -> None:
+    assert sorted(ARCHITECTURES) == sorted(aot.ARCHITECTURES)
+
+
 @pytest.mark.slow
-def test_every_kernel_compiles_and_fits() -> None:
-    done = compiling("-m", "benchmarks.aot", "--all", "--architecture", "sm_90", "--processes", "1")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_and_fits(architecture: str) -> None:
+    done = compiling("-m", "benchmarks.aot", "--all", "--architecture", architecture, "--processes", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"all \d+ compile and fit", done.stdout)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import verify
+from benchmarks.tables import aligned
 
 Row = dict[str, Any]
 
@@ -176,7 +177,7 @@ def table(rows: list[Row]) -> str:
         for row in rows
         if row["surcharge_over_frozen"] is not None
     ]
-    return "\n".join([_aligned([head, *body]), *surcharges])
+    return "\n".join([aligned([head, *body], (0, 1)), *surcharges])
 
 
 def summary(rows: list[Row]) -> str:
@@ -187,7 +188,7 @@ def summary(rows: list[Row]) -> str:
     for row in rows:
         lines.setdefault((row["case"], row["quantity"]), {})[row["contestant"]] = _cell(row["p50_ms"])
     body = [[*line, *(cells.get(name, "-") for name in names)] for line, cells in lines.items()]
-    return _aligned([["case", "median ms", *names], *body])
+    return aligned([["case", "median ms", *names], *body], (0, 1))
 
 
 def main() -> int:
@@ -203,14 +204,6 @@ def main() -> int:
         save(path(op), list({_key(row): row for row in found}.values()))
         print(f"{path(op).name}: {len(found)} rows")
     return 0
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
 
 
 def _cell(value: float | None) -> str:

@@ -58,6 +58,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
+from benchmarks.arguments import positive
 from benchmarks.registry import DTYPES, OPS, PER_CLIP, Case, HeadCase, StepCase, TrainCase, VideoMAECase
 from bevt.config import SIZES
 
@@ -514,7 +515,9 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="compile every kernel, and count nothing")
     parser.add_argument("--list", action="store_true", help="name every kernel that --all compiles")
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="with --all or --list, only it")
-    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="that --all compiles in")
+    parser.add_argument(
+        "--processes", type=positive, default=min(4, os.cpu_count() or 1), help="that --all compiles in"
+    )
     arguments = parser.parse_args()
     architectures, write = arguments.architecture or ARCHITECTURES, arguments.write
     if knobs.runtime.interpret:

@@ -30,8 +30,8 @@ import torch
 from bevt_kernels import native
 
 from benchmarks import check_worker, problems, rows, tables, timing, trees, verify
+from benchmarks.arguments import positive, seconds, threads
 from benchmarks.registry import OPS, QUANTITIES
-from benchmarks.run import positive
 from benchmarks.trees import Unusable
 
 Key = tuple[str, str]
@@ -461,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--device cuda needs a CUDA GPU: torch sees none", file=sys.stderr)
         return 2
     if args.ratios and (args.base or args.device == "cuda"):
-        print("--ratios is for the CPU, and has no base", file=sys.stderr)
+        print("--ratios is for the CPU, and has no base: leave out --base, or --device cuda", file=sys.stderr)
         return 2
     args.threads = args.threads or torch.get_num_threads()
     args.seconds = args.seconds or SECONDS[args.device]
@@ -479,24 +479,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _seconds(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 < found < np.inf:
-        raise argparse.ArgumentTypeError(f"must be seconds above 0, got {text!r}")
-    return found
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="", metavar="REV", help="default: that of the newest rows of such a machine")
     parser.add_argument("--op", action="append", default=[], choices=OPS, help="all its cases; several are fine")
     parser.add_argument("--case", action="append", default=[], help="a case of the registry; several are fine")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
-    parser.add_argument("--seconds", type=_seconds, help=f"of timed rounds a case; default {SECONDS}")
+    parser.add_argument("--threads", type=threads, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=seconds, help=f"of timed rounds a case; default {SECONDS}")
     parser.add_argument("--sessions", type=positive, default=3, help="pairs of processes, one after the other")
     parser.add_argument("--ratios", action="store_true", help="ours against eager, by committed rows; no other commit")
     return parser

@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks import rows, verify
-from benchmarks.run import positive
+from benchmarks.arguments import obstacle, positive, seconds
 from bevt.config import DataConfig
 from bevt.data import pyav, shapes
 from bevt.data.bench import bench
@@ -36,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--scratch", type=Path, default=verify.ROOT / "build" / "benchmarks-data")
     parser.add_argument("--workers", type=positive, default=2, help="decoding processes, or DALI's threads")
-    parser.add_argument("--seconds", type=positive, default=8, help="for each measurement")
+    parser.add_argument("--seconds", type=seconds, default=8, help="for each measurement")
     parser.add_argument("--out", type=Path, default=verify.ROOT / "benchmarks" / "results" / "data.jsonl")
     args = parser.parse_args(arguments)
+    if why := obstacle(args.out):
+        print(f"nothing is measured: {why}", file=sys.stderr)
+        return 2
     common = {**rows.environment("cpu"), "op": "data", "device": "cpu", "dtype": "uint8", "threads": args.workers}
     found = [{**common, **row} for row in manifest_rows(args.scratch)]
     embedded = shapes.ensure(args.scratch, train_clips=40, val_clips=2, train_images=60, val_images=2)

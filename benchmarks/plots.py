@@ -94,10 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", action="store_true", help="PNGs too")
     args = parser.parse_args(arguments)
     rows = runs.newest(runs.read())
+    if not rows:
+        print(f"no rows in {runs.FOLDER}: nothing is drawn, and nothing removed", file=sys.stderr)
+        return 2
     drawn = pictures(rows)
     for path in PLOTS.glob("*.svg"):
         if path.name not in drawn:
             path.unlink()
+            print(f"{path.name}: removed, as no rows are left for it")
     for name, picked in drawn.items():
         write(PLOTS / name, picked, args.png)
         print(f"{name}: {len(picked)} rows")

@@ -6,15 +6,16 @@ and on a GPU (benchmarks/runs.py), under the machine it was on.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import plots, runs
 from benchmarks.registry import OPS, PARTS
-from benchmarks.rows import Row
+from benchmarks.rows import Row, Unreadable
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -99,9 +100,19 @@ class Line(NamedTuple):
     cells: tuple[str, str, str, str, str, str]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    README.write_text(updated(README.read_text(), runs.FOLDER))
+    argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0]).parse_args(
+        arguments
+    )
+    try:
+        before = README.read_text()
+        after = updated(before, runs.FOLDER)
+    except (ValueError, OSError, Unreadable) as error:
+        print(error, file=sys.stderr)
+        return 2
+    README.write_text(after)
+    print(f"README.md: {'as it was' if after == before else 'written anew'}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,50 @@ def path(op: str) -> Path:
     return verify.ROOT / "benchmarks" / "results" / f"{op}.jsonl"
 
 
+class Unreadable(Exception):
+    """A line of a file of rows is none; the message is for the user."""
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file. Raises Unreadable, with file and line, where one is broken."""
+    found = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = error
+        if not isinstance(row, dict):
+            raise Unreadable(f"{path}:{number} is no row of JSON: mend the line or remove it")
+        found.append(row)
+    return found
+
+
+def check(path: Path) -> None:
+    """Raise Unreadable or OSError unless rows can be merged into `path`, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file for the rows")
+    tempfile.TemporaryFile(dir=path.parent).close()
+    read(path)
+
+
 def environment(device: str) -> Row:
     """What a row says about where it was measured; nothing in it names a host or a path.
 
     A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of
     MEASURED in any case.
     """
-    commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD")
+    # Not of a repository around this tree.
+    own = _output("git", "-C", str(verify.ROOT), "rev-parse", "--show-toplevel") == str(verify.ROOT.resolve())
+    commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD") if own else None
+    named = commit or os.environ.get("BEVT_COMMIT")
+    if not named:
+        print("no git history here: rows will not say their commit; set BEVT_COMMIT to it", file=sys.stderr)
     changes = _output(
         "git", "-C", str(verify.ROOT), "status", "--porcelain", "--", ".", *(f":!{path}" for path in RESULTS)
     )
     return {
-        "commit": commit or os.environ.get("BEVT_COMMIT", "unknown"),
+        "commit": named or "unknown",
         "dirty": None if commit is None else bool(changes),
         "tree": verify.tree(*MEASURED),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -122,27 +156,35 @@ def version(package: str) -> str | None:
 def save(path: Path, rows: list[Row]) -> None:
     """Merge `rows` into the file at `path`, at once and whole, and add them to $OUT/rows.jsonl where that is set.
 
-    What says that a whole command could not run gives way to rows of it.
+    What says that a whole command could not run gives way to rows of it. Processes that save at the same time wait for
+    each other. Raises Unreadable where the file is broken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = {_key(row) for row in rows}
     if not all("absent" in row for row in rows):
-        new |= {_key({**row, **dict.fromkeys(KEY[4:]), "case": "all"}) for row in rows}
-    kept = [line for line in _text(path).splitlines() if _key(json.loads(line)) not in new]
-    lines = [json.dumps(row) for row in rows]
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(f"{line}\n" for line in (*kept, *lines)))
-    temporary.replace(path)
-    if "OUT" in os.environ:
-        with (Path(os.environ["OUT"]) / "rows.jsonl").open("a") as out:
-            out.writelines(f"{line}\n" for line in lines)
+        new |= {_key({**row, **dict.fromkeys(KEY[5:]), "case": "all"}) for row in rows}
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        kept = [row for row in read(path) if _key(row) not in new]
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in (*kept, *rows)))
+        temporary.replace(path)
+    finally:
+        os.close(folder)
+    if folder_out := os.environ.get("OUT"):
+        try:
+            with (Path(folder_out) / "rows.jsonl").open("a") as out:
+                out.writelines(f"{json.dumps(row)}\n" for row in rows)
+        except OSError as error:  # the rows are in `path`
+            print(f"no copy of these rows in $OUT: {error}", file=sys.stderr)
 
 
 def measured(path: Path, environment: Row, **wanted: Any) -> bool:
     """Whether `path` has rows of this very code, machine and versions that have the `wanted` values, with times."""
     wanted = json.loads(json.dumps(wanted | {name: environment[name] for name in ("tree", "machine", "versions")}))
-    rows = map(json.loads, _text(path).splitlines())
-    return any("absent" not in row and all(row.get(name) == value for name, value in wanted.items()) for row in rows)
+    found = (row for row in read(path) if "absent" not in row)
+    return any(all(row.get(name) == value for name, value in wanted.items()) for row in found)
 
 
 def _key(row: Row) -> str:
@@ -198,7 +240,12 @@ def main() -> int:
         print("usage: python -m benchmarks.rows FILE..., each the rows.jsonl that a run left in $OUT", file=sys.stderr)
         return 2
     by_op: dict[str, list[Row]] = {}
-    for row in (json.loads(line) for file in files for line in file.read_text().splitlines()):
+    try:
+        came = [row for file in files for row in read(file)]
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        return 2
+    for row in came:
         by_op.setdefault(row["op"], []).append(row)
     for op, found in by_op.items():
         save(path(op), list({_key(row): row for row in found}.values()))

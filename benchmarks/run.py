@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,8 +21,12 @@ import torch
 from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import limits, memory, problems, rows, timing, verify
+from benchmarks.arguments import obstacle, seconds, threads
 from benchmarks.problems import Problem, Work
 from benchmarks.registry import OPS, QUANTITIES, TEST_SECONDS
+
+BUSY = 0.2
+"""Cores that others may take while times are measured, before the command says so."""
 
 FORWARD, BACKWARD, BOTH, FROZEN, STEP = QUANTITIES
 SECONDS = {"cpu": 25.0, "cuda": 1.5}
@@ -55,15 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no case for {args.device} is left by --case and --group; there are: {listed}", file=sys.stderr)
         return 2
     out = args.out or rows.path(args.op)
-    environment = rows.environment(args.device)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # before the work, not after it
-    except OSError as error:
-        print(f"no rows can be written to --out {out}: {error}", file=sys.stderr)
+    if why := obstacle(out):
+        print(f"nothing is measured: {why}", file=sys.stderr)
         return 2
     done: list[rows.Row] = []
+    code = 0
     try:
+        environment = rows.environment(args.device)
         print(verify.green(OPS[args.op].tests, args.device, TEST_SECONDS[args.device]), flush=True)
         if args.missing:
             known = {"op": args.op, "device": args.device, "threads": torch.get_num_threads()}
@@ -81,24 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 break
             seconds = args.seconds or SECONDS[args.device]
             measured = [{**environment, **row} for row in measure(args.op, case, args.device, args.impl, seconds, most)]
-            rows.save(out, measured)
             print(rows.table(measured), flush=True)
+            rows.save(out, measured)
             done += measured
     except verify.GateClosed as closed:
         print(closed, file=sys.stderr)
         return 1
-    print(f"\n{rows.summary(done)}")
-    return 0
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: rows of {len({row['case'] for row in done})} cases are in {out}", file=sys.stderr)
+        code = 130
+    if done:
+        print(f"\n{rows.summary(done)}")
+    return code
 
 
 def _problem(args: argparse.Namespace, case: str) -> dict[str, Any]:
     return asdict(problems.grown(args.op, case, args.device))
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,14 +111,16 @@ def _parser() -> argparse.ArgumentParser:
         "--impl", action="append", default=[], choices=IMPLEMENTATIONS, help="of our implementations, only these"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
-    parser.add_argument("--seconds", type=float, help=f"for the timed rounds of a case; default: {SECONDS}")
+    parser.add_argument("--threads", type=threads, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=seconds, help=f"for the timed rounds of a case; default: {SECONDS}")
     parser.add_argument(
         "--limits", type=float, nargs=2, metavar=("FLOPS", "BANDWIDTH"), help="of this machine; default: measured"
     )
     parser.add_argument("--missing", action="store_true", help="only cases without rows of this code and machine")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
-    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no further case is begun")
+    parser.add_argument(
+        "--time-limit", type=seconds, default=3600.0, help="seconds after which no further case is begun"
+    )
     return parser
 
 
@@ -144,6 +145,8 @@ def measure(
             continue
         if contestant.compiles and not OPS[op].cases[case].compiled:
             absent[name] = "is compiled for each case, and left out of this one"
+        elif (name, device) == ("triton", "cpu") and not contestant.reasons:
+            absent[name] = "is interpreted on a CPU, and not timed"
         elif contestant.reasons:
             absent[name] = f"cannot run: {'; '.join(contestant.reasons)}"
         else:
@@ -167,7 +170,11 @@ def measure(
     steps: dict[str, timing.Step] = {name: lambda mark, n=name: problem.step(n, False, mark) for name in good}
     frozen = [name for name in good if problem.contestants[name].ours] if problem.frozen else []
     steps |= {f"{name}, frozen": lambda mark, n=name: problem.step(n, True, mark) for name in frozen}
+    others = timing.Others()
     times = timing.interleaved(steps, device, seconds, least=problem.least, warm=problem.warm)
+    busy = others.cores()
+    if busy is not None and busy > BUSY:
+        print(f"  other processes took {busy:.1f} cores meanwhile: these are no times of an idle machine", flush=True)
     notes = {name: problem.notes(name, len(times[name])) for name in good}
     peak = memory.peaks(problem, op, case, good, torch.get_num_threads()) if good else {}
     by_quantity: dict[str, dict[str, np.ndarray]] = {quantity: {} for quantity in problem.quantities}
@@ -223,6 +230,7 @@ def measure(
                     **_memory(peak.get(name), quantity, problem),
                     "speedup": speedup,
                     "surcharge_over_frozen": surcharge,
+                    "others_cores": None if busy is None else round(busy, 2),
                     **notes[name],
                 }
             )

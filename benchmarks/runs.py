@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks import rows as rows_of
 from benchmarks.registry import OPS, PARTS
 from benchmarks.rows import Row
 
@@ -23,8 +23,8 @@ def read(folder: Path = FOLDER) -> list[Row]:
 
     Without those of cases that the registry has no more, and those that say why somebody was not measured.
     """
-    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines())
-    rows = (row for row in map(json.loads, lines) if "op" in row and "absent" not in row)
+    found = (row for path in sorted(folder.glob("*.jsonl")) for row in rows_of.read(path))
+    rows = (row for row in found if "op" in row and "absent" not in row)
     there = [row for row in rows if row["op"] not in OPS or row["case"] in OPS[row["op"]].cases]
     order = list(dict.fromkeys(part.op for parts in PARTS.values() for part in parts))
     return sorted(there, key=lambda row: order.index(row["op"]) if row["op"] in order else len(order))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import rows, verify
+from benchmarks.arguments import obstacle, seconds
 from benchmarks.problems import KINDS
 from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, TESTS, Part
 
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", action="append", default=[], help="a part, or all of an op; may be repeated")
     parser.add_argument("--again", action="store_true", help="what has rows already too")
     parser.add_argument("--dry-run", action="store_true", help="list the parts, compile the kernels, measure nothing")
-    parser.add_argument("--time-limit", type=float, help=f"seconds; default: {SECONDS}")
+    parser.add_argument("--time-limit", type=seconds, help=f"seconds; default: {SECONDS}")
     args = parser.parse_args(arguments)
     parts = [part for part in PARTS[args.device] if not args.part or {part.name, part.op}.intersection(args.part)]
     for wanted in args.part:
@@ -83,15 +85,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA GPU: torch sees none (--dry-run needs none)", file=sys.stderr)
         return 2
-    return measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device])
+    if why := obstacle(*(rows.path(part.op) for part in parts)):
+        print(f"nothing is measured: {why}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends the part under way, too
+    outcomes: list[tuple[Part, str]] = []
+    start = time.monotonic()
+    try:
+        code = measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device], outcomes)
+    except KeyboardInterrupt:
+        code = 130
+    print(f"\n{'part':50}outcome")
+    print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
+    print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
+    if code == 130 or any("out of time" in outcome for _, outcome in outcomes):
+        print("begun again, it goes on with what is left (--time-limit for more at a time)")
+    return code
 
 
-def measure(device: str, parts: Sequence[Part], again: bool, seconds: float) -> int:
-    """Tests, then the parts, for at most `seconds`; returns the exit code."""
+def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, outcomes: list[tuple[Part, str]]) -> int:
+    """Tests, then the parts, for at most `seconds`; how each went is added to `outcomes`. Returns the exit code."""
     start = time.monotonic()
     red = _red_tests(device, parts)
     limits = _limits(device) if any(part.op in OPS for part in parts) else []
-    outcomes: list[tuple[Part, str]] = []
     for i, part in enumerate(parts):
         begun = time.monotonic()
         left = start + seconds - begun
@@ -110,11 +126,6 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float) -> 
             most = min(left, 2 * part.seconds)  # one that hangs must not cost the others' time
             outcome = _run(_command(part, device, again, most, limits), most + GRACE)
         outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
-    print(f"\n{'part':50}outcome")
-    print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
-    print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
-    if any("out of time" in outcome for _, outcome in outcomes):
-        print("begun again, it goes on with what is left (--time-limit for more at a time)")
     return int(bool(red) or any(outcome.startswith("ended with") for _, outcome in outcomes))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -80,3 +82,25 @@ def interleaved(
     finally:
         gc.enable()
     return times
+
+
+class Others:
+    """CPU time that other processes take from now on: a busy machine's times are not an idle one's."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        """Cores that they used on average; None where the system does not tell."""
+        (began, busy, own), (now, busier, more) = self.start, self._now()
+        return None if busier is None or busy is None else max(0.0, (busier - busy - more + own) / (now - began))
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float]:
+        """Seconds: the clock's, those that the system's cores were busy, this process' own."""
+        try:
+            words = Path("/proc/stat").read_text().split()
+        except OSError:
+            return time.monotonic(), None, time.process_time()
+        ticks = sum(int(words[i]) for i in (1, 2, 3, 6, 7, 8))  # proc(5): all but idle and iowait, guests not twice
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()

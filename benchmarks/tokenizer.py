@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows, timing, verify
+from benchmarks.arguments import obstacle, seconds, threads
 from benchmarks.problems.train import random_encoder
-from benchmarks.run import positive, statistics
+from benchmarks.run import statistics
 from bevt import masking
 from bevt.config import Config, TokenizerConfig
 from bevt.data.batch import Batch
@@ -42,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code, 1 where the tokens are not those of tokenizing everything."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of torch")
-    parser.add_argument("--seconds", type=positive, default=90, help="for the timed rounds of each of the two cases")
+    parser.add_argument("--threads", type=threads, default=1, help="CPU threads of torch")
+    parser.add_argument("--seconds", type=seconds, default=90, help="for the timed rounds of each of the two cases")
     parser.add_argument("--compiled", action="store_true", help="on the CPU, the compiled encoder too (CUDA: always)")
     parser.add_argument("--out", type=Path, default=verify.ROOT / "benchmarks" / "results" / "tokenizer.jsonl")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a CUDA GPU: torch sees none", file=sys.stderr)
+        return 2
+    if why := obstacle(args.out):
+        print(f"nothing is measured: {why}", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     common = {**rows.environment(args.device), "op": "tokenizer", "device": args.device, "threads": args.threads}
     encoder = random_encoder(torch.rand(2, 3, 112, 112))

@@ -332,8 +332,10 @@ def test_a_gpu_run_is_planned_for_eight_minutes(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(suite, "_needs", lambda _: ())
     monkeypatch.setattr(suite, "_command", lambda part, *_: [part.name])
     monkeypatch.setattr(suite, "_run", lambda words, _: pass_by(by_name[words[0]]) or "done")
-    assert suite.measure("cuda", PARTS["cuda"], True, suite.SECONDS["cuda"]) == 0
-    assert "not measured" not in capsys.readouterr().out
+    outcomes: list[tuple[Part, str]] = []
+    assert suite.measure("cuda", PARTS["cuda"], True, suite.SECONDS["cuda"], outcomes) == 0
+    assert len(outcomes) == len(PARTS["cuda"])
+    assert not [outcome for _, outcome in outcomes if "not measured" in outcome]
     assert now[0] <= suite.SECONDS["cuda"] == 480
 
 
@@ -563,6 +565,87 @@ def test_a_part_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "sleep")
     monkeypatch.setattr(suite.subprocess, "run", lambda words, run=subprocess.run, **k: run(["sleep", "60"], **k))
     assert suite._run(["run"], 0.2) == "out of time"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", ":2 is no row of JSON: mend the line or remove it"), ("[1]", ":2 is no row of JSON")]
+)
+def test_a_broken_file_of_rows_is_seen_before_any_work(
+    small: None, out: Path, text: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    out.write_text(f'{{"op": "x"}}\n{text}\n')
+    assert command(out) == 2
+    assert f"nothing is measured: {out}{message}" in capsys.readouterr().err
+    assert out.read_text().endswith(f"{text}\n")
+
+
+def test_rows_go_to_files(small: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command(tmp_path) == 2
+    assert f"{tmp_path} is a folder: name a file for the rows" in capsys.readouterr().err
+
+
+def test_a_folder_for_copies_is_made_or_refused(
+    small: None, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("OUT", str(out.parent / "copies"))
+    assert command(out, op="linear_argmax") == 0
+    assert lines(out.parent / "copies" / "rows.jsonl") == lines(out)
+    monkeypatch.setenv("OUT", str(out))
+    assert command(out, op="linear_argmax") == 2
+    assert "nothing is measured: " in capsys.readouterr().err
+
+
+def test_processes_that_save_at_once_lose_nothing(out: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import rows\n"
+        "for i in range(30): rows.save(Path(sys.argv[1]), [{'op': sys.argv[2], 'case': str(i)}])"
+    )
+    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    words = [sys.executable, "-c", code, str(out)]
+    both = [subprocess.Popen([*words, name], env=environment) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(lines(out)) == 60
+
+
+def test_an_interpreter_is_not_timed(
+    small: None, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    able = problems.KINDS["linear_argmax"](CASES["linear_argmax"], "cpu").contestants["triton"]
+    assert command(out, "--impl", "triton", op="linear_argmax") == 0
+    assert "triton" not in {row["contestant"] for row in lines(out) if "absent" not in row}
+    assert able.reasons or "triton is interpreted on a CPU, and not timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [("--seconds", "nan"), ("--seconds", "0"), ("--threads", "9999"), ("--time-limit", "-1")]
+)
+def test_numbers_that_make_no_sense_are_refused(
+    words: tuple[str, ...], out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(out, *words)
+    assert ended.value.code == 2
+    assert f"argument {words[0]}: must be " in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_what_it_has(
+    small: None, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object, **__: object) -> list[rows.Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    assert command(out) == 130
+    assert f"interrupted: rows of 0 cases are in {out}" in capsys.readouterr().err
+
+
+def test_others_are_seen() -> None:
+    others = timing.Others()
+    busy = subprocess.run([sys.executable, "-c", "i = 0\nwhile i < 30_000_000: i += 1"], check=True)
+    assert busy.returncode == 0
+    cores = others.cores()
+    assert cores is None or cores > 0.2
 
 
 def test_limits_are_reached_by_something() -> None:

@@ -141,3 +141,14 @@ def test_committed_pictures_name_no_path() -> None:
     for path in plots.PLOTS.glob("*.svg"):
         assert str(runs.FOLDER.parents[1]) not in path.read_text()
         assert "file:" not in path.read_text()
+
+
+def test_without_rows_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(plots.runs, "read", lambda: [])
+    monkeypatch.setattr(plots, "PLOTS", tmp_path)
+    (tmp_path / "a-speed.svg").write_text("")
+    assert plots.main([]) == 2
+    assert "nothing is drawn, and nothing removed" in capsys.readouterr().err
+    assert (tmp_path / "a-speed.svg").exists()

@@ -37,7 +37,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +58,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from benchmarks.arguments import positive
-from benchmarks.registry import DTYPES, OPS, PER_CLIP, Case, HeadCase, StepCase, TrainCase, VideoMAECase
+from benchmarks.registry import DTYPES, OPS, Case, HeadCase, StepCase, TrainCase, VideoMAECase, grown
 from bevt.config import SIZES
 
 PATH = Path(__file__).parent / "results" / "aot.json"
@@ -463,10 +462,8 @@ def _gpu_cases() -> Iterator[tuple[str, str, Case]]:
     """(op, case's name, case of an op)."""
     for op, entries in OPS.items():
         for name, entry in entries.cases.items():
-            if "cuda" in entry.batch:
-                n = entry.batch["cuda"]  # matters: a loss of many slots is cut, and its first piece a case of its own
-                grown = {field: n * getattr(entry.case, field) for field in PER_CLIP if hasattr(entry.case, field)}
-                yield from ((op, name, part) for part in parts(replace(entry.case, **grown)))
+            if "cuda" in entry.batch:  # which matters: a loss of many slots is cut, its first piece a case of its own
+                yield from ((op, name, part) for part in parts(grown(op, name, "cuda")))
 
 
 def compile_variant(variant: Variant) -> Compiled:

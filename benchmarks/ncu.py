@@ -142,9 +142,7 @@ def profile(report: Path, kernel: str | None, program: Sequence[str]) -> str:
     report.parent.mkdir(parents=True, exist_ok=True)
     log = Path(f"{report}.csv")
     log.unlink(missing_ok=True)
-    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    # A locale may write 2508800 as 2.508.800.
-    environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C"}
+    environment = {**verify.environment_of_tree(), "LC_ALL": "C"}  # a locale may write 2508800 as 2.508.800
     done = subprocess.run(
         command(ncu, report, kernel, program),
         cwd=verify.ROOT,

@@ -233,6 +233,15 @@ OPS = {
 }
 
 
+def grown(op: str, case: str, device: str) -> Case:
+    """A case at its batch for the device. Raises KeyError where it has none."""
+    entry = OPS[op].cases[case]
+    n = entry.batch[device]
+    return replace(
+        entry.case, **{name: n * getattr(entry.case, name) for name in PER_CLIP if hasattr(entry.case, name)}
+    )
+
+
 class Part(NamedTuple):
     """One process of a whole run."""
 

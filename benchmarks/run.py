@@ -23,7 +23,8 @@ from bevt_kernels.select import IMPLEMENTATIONS
 from benchmarks import limits, memory, problems, rows, timing, verify
 from benchmarks.arguments import obstacle, seconds, threads
 from benchmarks.problems import Problem, Work
-from benchmarks.registry import OPS, QUANTITIES, TEST_SECONDS
+from benchmarks.registry import OPS, QUANTITIES, TEST_SECONDS, grown
+from benchmarks.tables import short
 
 BUSY = 0.2
 """Cores that others may take while times are measured, before the command says so."""
@@ -71,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             there_already = [
                 case
                 for case in cases
-                if rows.measured(out, environment, **known, case=case, problem=_problem(args, case))
+                if rows.measured(
+                    out, environment, **known, case=case, problem=asdict(grown(args.op, case, args.device))
+                )
             ]
             print("".join(f"has rows of this code and machine: {case}\n" for case in there_already), end="")
             cases = [case for case in cases if case not in there_already]
@@ -94,10 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if done:
         print(f"\n{rows.summary(done)}")
     return code
-
-
-def _problem(args: argparse.Namespace, case: str) -> dict[str, Any]:
-    return asdict(problems.grown(args.op, case, args.device))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,19 +209,19 @@ def measure(
     for quantity, series in by_quantity.items():
         for name, ms in series.items():
             speedup = {
-                rival: _short(float(np.median(other / ms)))
+                rival: short(float(np.median(other / ms)))
                 for rival, other in series.items()
                 if rival != name and not problem.contestants[rival].ours
             }
             surcharge = None
             if quantity == BOTH and name in frozen:
-                surcharge = _short(float(np.median(ms / by_quantity[FROZEN][name])) - 1)
+                surcharge = short(float(np.median(ms / by_quantity[FROZEN][name])) - 1)
             found.append(
                 {
                     **row(quantity, name),
                     **statistics(ms),
                     **_rates(
-                        _without(work[quantity], problem.spared(name)),
+                        replace(work[quantity], flop=work[quantity].flop - problem.spared(name)),
                         float(np.median(ms)) / 1e3,
                         most,
                         problem.direct_count,
@@ -237,19 +236,10 @@ def measure(
     return found
 
 
-def _without(work: Work, spared: int) -> Work:
-    return replace(work, flop=work.flop - spared) if spared else work
-
-
 def statistics(ms: np.ndarray) -> dict[str, Any]:
     """Median, 20th and 80th percentile, and how many rounds."""
-    p20, p50, p80 = (_short(float(x)) for x in np.quantile(ms, (0.2, 0.5, 0.8)))
+    p20, p50, p80 = (short(float(x)) for x in np.quantile(ms, (0.2, 0.5, 0.8)))
     return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "rounds": len(ms)}
-
-
-def _short(x: float) -> float:
-    """Five digits: more are noise."""
-    return float(f"{x:.5g}")
 
 
 def _rates(work: Work, seconds: float, most: limits.Limits | None, direct: bool) -> dict[str, Any]:
@@ -264,14 +254,14 @@ def _rates(work: Work, seconds: float, most: limits.Limits | None, direct: bool)
         if work.bytes:
             least["memory"] = work.bytes / most.bandwidth
         which = max(least, key=lambda name: least[name])
-        percent = _short(100 * least[which] / seconds)
+        percent = short(100 * least[which] / seconds)
     return {
         **asdict(work),
-        "tflops": _short(work.flop / seconds / 1e12),
-        "gbps": _short(work.bytes / seconds / 1e9) if work.bytes else None,
+        "tflops": short(work.flop / seconds / 1e12),
+        "gbps": short(work.bytes / seconds / 1e9) if work.bytes else None,
         "percent_of_limit": percent,
         "limit": which,
-        "limits": {name: _short(value) for name, value in most._asdict().items()} if most else None,
+        "limits": {name: short(value) for name, value in most._asdict().items()} if most else None,
     }
 
 

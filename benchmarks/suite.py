@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -155,14 +154,11 @@ def _has_rows(op: str) -> bool:
 def _limits(device: str) -> list[str]:
     """What the machine can do at most, as arguments of `run`: once, so that all parts have the same."""
     command = [sys.executable, "-m", "benchmarks.limits", device, str(torch.get_num_threads())]
-    done = subprocess.run(command, cwd=verify.ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=verify.ROOT, env=verify.environment_of_tree(), stdout=subprocess.PIPE, text=True, check=True
+    )
     print(f"limits, FLOP/s and bytes/s: {done.stdout.strip()}", flush=True)
     return ["--limits", *done.stdout.split()]
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(verify.ROOT), str(verify.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def _command(part: Part, device: str, again: bool, left: float, limits: list[str]) -> list[str]:
@@ -178,7 +174,7 @@ def _run(words: list[str], seconds: float) -> str:
     """How a command of this package ended."""
     command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
     try:
-        done = subprocess.run(command, cwd=verify.ROOT, env=_environment(), timeout=seconds, check=False)
+        done = subprocess.run(command, cwd=verify.ROOT, env=verify.environment_of_tree(), timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return "out of time"
     return "done" if done.returncode == 0 else f"ended with {done.returncode}"
@@ -193,8 +189,9 @@ def dry_run(device: str, parts: Sequence[Part]) -> int:
         if part.op in COMMANDS:
             print(f"  {COMMANDS[part.op].about}")
             continue
-        ours = [impl for impl in IMPLEMENTATIONS if impl != IMPLEMENTATION[device]]
-        names = [name for name in KINDS[part.op].names if name not in ours or part.op == "train_step"]
+        names = KINDS[part.op].names
+        if IMPLEMENTATION[device] in names:  # an op's, of which `_command` asks for one alone
+            names = tuple(name for name in names if name not in IMPLEMENTATIONS or name == IMPLEMENTATION[device])
         print(f"  {DTYPES[device]}, contestants: {', '.join(names)}")
         for name, entry in OPS[part.op].cases.items():
             if entry.group == part.group and device in entry.batch:

@@ -1,4 +1,4 @@
-"""Plain tables, as the commands print them."""
+"""Numbers of rows, and plain tables, as the commands print them."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str
     sides = [str.ljust if i in ends else str.rjust for i in range(len(widths))]
     padded = ("  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths)) for line in lines)
     return "\n".join(line.rstrip() for line in padded)
+
+
+def short(x: float) -> float:
+    """Five digits: more are noise."""
+    return float(f"{x:.5g}")

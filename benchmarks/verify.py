@@ -40,6 +40,12 @@ def tree(*paths: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def environment_of_tree() -> dict[str, str]:
+    """Of a process that imports this tree, installed or not."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def _stamp(path: str, device: str) -> Path:
     """The file that says that the tests at `path` were green."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -66,8 +72,7 @@ def green(patterns: Sequence[str], device: str, seconds: float) -> str:
         return f"tests: {' '.join(asked)} green on {device} (remembered)"
     if not find_spec("pytest"):
         raise GateClosed("the tests that come first need pytest: pip install pytest pytest-timeout")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = environment_of_tree()
     command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "-q", *paths]
     if device == "cpu":  # where Triton is only interpreted, for ten minutes, and nothing of it is timed
         command += ["-k", "not triton"]

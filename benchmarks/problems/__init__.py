@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from benchmarks.problems.base import Contestant, Leaves, Problem, Work
 from benchmarks.problems.models import MaskedHead, VideoSwinStep
 from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
 from benchmarks.problems.train import TrainingStep
 from benchmarks.problems.yardstick import VideoMAEStep
-from benchmarks.registry import OPS, PER_CLIP, Case
+from benchmarks.registry import grown
 
 __all__ = [
     "KINDS",
@@ -27,7 +25,6 @@ __all__ = [
     "WindowAttention",
     "Work",
     "build",
-    "grown",
 ]
 
 KINDS: dict[str, type[Problem]] = {
@@ -41,15 +38,6 @@ KINDS: dict[str, type[Problem]] = {
     "train_step": TrainingStep,
     "videomae_step": VideoMAEStep,
 }
-
-
-def grown(op: str, case: str, device: str) -> Case:
-    """A registry case at its batch for the device. Raises KeyError where it has none."""
-    entry = OPS[op].cases[case]
-    n = entry.batch[device]
-    return replace(
-        entry.case, **{name: n * getattr(entry.case, name) for name in PER_CLIP if hasattr(entry.case, name)}
-    )
 
 
 def build(op: str, case: str, device: str) -> Problem:

@@ -32,12 +32,11 @@ from benchmarks.registry import QUANTITIES, HeadCase, StepCase
 from bevt import masking
 from bevt.config import SIZES, Config, ModelConfig, plain, resized
 from bevt.models import video_swin, weights
-from bevt.models.bevt import BEVT, MaskedInput, Stream
+from bevt.models.bevt import BEVT
 from bevt.train.step import slots_for
 
 BOTH = QUANTITIES[2]
 WindowFunction = Callable[[Tensor, Tensor, WindowCase], Tensor]
-Inputs = dict[Stream, MaskedInput]
 
 
 class Model(Problem):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.problems.base import Contestant, Leaves, Work
 from benchmarks.problems.models import Model
 from benchmarks.registry import QUANTITIES, TrainCase
+from benchmarks.tables import short
 from bevt import masking
 from bevt.config import Config, MaskConfig, resized, tokenizer_settings
 from bevt.data import augment
@@ -122,11 +123,11 @@ class TrainingStep(Model):
         from bevt.tokenizers.vq import VQTokenizer
 
         device, settings = torch.device(self.device), tokenizer_settings(config)
-        frames = cast(Tensor, self.batch.clips)[0, :2]
+        pixels = augment.tokenizer_view(cast(Tensor, self.batch.clips)[0, :2], self.case.side // 2)
         if self.case.tokenizer == "vq":
-            return VQTokenizer(random_vq(augment.tokenizer_view(frames, self.case.side // 2)), settings).to(device)
+            return VQTokenizer(random_vq(pixels), settings).to(device)
         if self.encoder is None:
-            self.encoder = random_encoder(augment.tokenizer_view(frames, self.case.side // 2))
+            self.encoder = random_encoder(pixels)
         return DalleTokenizer(copy.deepcopy(self.encoder), settings).to(device)
 
     def _trainer(self, config: Config, cache: str = "") -> TrainStep:
@@ -174,7 +175,7 @@ class TrainingStep(Model):
     def notes(self, name: str, rounds: int) -> dict[str, Any]:
         """Seconds of each phase, medians."""
         taken = self.seconds[name][-rounds:]
-        return {"seconds": {phase: float(f"{np.median([each[phase] for each in taken]):.5g}") for phase in PHASES}}
+        return {"seconds": {phase: short(float(np.median([each[phase] for each in taken]))) for phase in PHASES}}
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
         """Losses and gradients on float32's codes, and the contestant's own codes."""

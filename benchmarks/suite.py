@@ -87,13 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why := obstacle(*(rows.path(part.op) for part in parts)):
         print(f"nothing is measured: {why}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends the part under way, too
     outcomes: list[tuple[Part, str]] = []
     start = time.monotonic()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends the part under way, too
     try:
         code = measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device], outcomes)
     except KeyboardInterrupt:
         code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{'part':50}outcome")
     print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
     print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")

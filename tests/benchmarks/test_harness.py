@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -500,7 +501,9 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def test_a_failing_part_leaves_the_others(parts: list[list[str]], capsys: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     assert suite.main(["cpu"]) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
     assert [words[:2] for words in parts] == [["run", "linear"], ["run", "conv3x3"], ["data", "--seconds"]]
     assert "--missing" in parts[0]
     assert "linear: swin-t                                    ended with 1" in capsys.readouterr().out

@@ -116,6 +116,32 @@ def test_an_impatient_second_one(folder: Path, signum: signal.Signals, seconds: 
     assert "Traceback" not in err
 
 
+def test_one_while_the_interpreter_ends() -> None:
+    """It does not replace the exit status: modules are taken down once Python has put the default handlers back."""
+    code = """
+import os, signal, sys
+from bevt.__main__ import main
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)
+        print("still here", flush=True)
+
+last = Last()
+sys.argv = ["bevt", "--help"]
+main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("still here\n")
+
+
 def test_while_processes_start(folder: Path) -> None:
     """The fork server imports torch and the decoders: a second in which nothing of it may be seen."""
 

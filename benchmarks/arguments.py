@@ -27,15 +27,20 @@ def threads(text: str) -> int:
     return found
 
 
-def seconds(text: str) -> float:
+def above_zero(text: str) -> float:
     """A finite number above 0."""
     try:
         found = float(text)
     except ValueError:
         found = math.nan
     if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"must be seconds above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return found
+
+
+def seconds(text: str) -> float:
+    """Of time."""
+    return above_zero(text)
 
 
 def obstacle(*files: Path) -> str:

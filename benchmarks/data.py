@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why := obstacle(args.out):
         print(f"nothing is measured: {why}", file=sys.stderr)
         return 2
-    common = {**rows.environment("cpu"), "op": "data", "device": "cpu", "dtype": "uint8", "threads": args.workers}
+    common = {**rows.environment("cpu"), "op": "data", "device": "cpu", "dtype": "uint8", "threads": None}
+    common["workers"] = args.workers
     found = [{**common, **row} for row in manifest_rows(args.scratch)]
     embedded = shapes.ensure(args.scratch, train_clips=40, val_clips=2, train_images=60, val_images=2)
     clip = DataConfig(workers=args.workers)

@@ -7,6 +7,7 @@ THREADS` prints both in five seconds, for a run that measures them once.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,6 +72,20 @@ def _least(work: Callable[[], Any], device: str) -> float:
     return min(total for _, total in timing.interleaved({"": step}, device, 0.5, most=20)[""]) / 1e3
 
 
+def main() -> None:
+    """The command."""
+    from benchmarks.arguments import threads
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=DTYPES)
+    parser.add_argument("threads", type=threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    others = timing.Others()
+    print(*measure(args.device))
+    if (busy := others.cores()) and busy > timing.BUSY:
+        print(f"other processes took {busy:.1f} cores meanwhile: these are no idle machine's limits", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
-    print(*measure(sys.argv[1]))
+    main()

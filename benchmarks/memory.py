@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.problems import Leaves, Problem, build
+from benchmarks.problems import Problem, build
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -37,8 +37,6 @@ class Peaks(NamedTuple):
     """At the peak of the forward pass."""
     both: int
     """At the peak of forward and backward."""
-    results: int
-    """Of outputs and gradients, which are part of the last peak; the rest of it is scratch."""
 
 
 def peaks(problem: Problem, op: str, case: str, names: Sequence[str], threads: int) -> dict[str, Peaks]:
@@ -71,17 +69,15 @@ _process: subprocess.Popen[str] | None = None
 """Serves all cases of a run: its imports take seconds. It ends with its standard input."""
 
 
-def _bytes(results: Leaves) -> int:
-    return sum(x.nbytes for x in results.values())
-
-
 def _cuda(problem: Problem, name: str) -> Peaks:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() - problem.kept(name)
     marks: list[int] = []
     results = problem.step(name, False, lambda: marks.append(torch.cuda.max_memory_allocated()))
-    return Peaks(marks[0] - before, torch.cuda.max_memory_allocated() - before, _bytes(results))
+    found = Peaks(marks[0] - before, torch.cuda.max_memory_allocated() - before)
+    del results
+    return found
 
 
 def high_water(step: Callable[[], object]) -> int:
@@ -119,7 +115,7 @@ def _serve() -> None:
         before = resident("VmRSS") - problem.kept(name)
         marks: list[int] = []
         results = problem.step(name, False, lambda: marks.append(resident("VmHWM")))  # noqa: B023
-        found = Peaks(marks[0] - before, resident("VmHWM") - before, _bytes(results))
+        found = Peaks(marks[0] - before, resident("VmHWM") - before)
         del results
         print(json.dumps(found), file=replies, flush=True)
 

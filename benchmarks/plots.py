@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks import runs
-from benchmarks.rows import Row
+from benchmarks.rows import Row, Unreadable
 from bevt.train.phases import PHASES
 
 PLOTS = Path(__file__).parent / "plots"
@@ -60,7 +60,7 @@ STYLES = {
     "eager half": (ORANGE, "v"),
     "dense": (ORANGE, "s"),
     "dense compiled": (RED, "v"),
-    "recompute": (PINK, "s"),
+    "ours, recomputing": (PINK, "s"),
     "sdpa": (GREEN, "s"),
     "flex": (PINK, "^"),
     "xformers": (SKY, "v"),
@@ -93,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
     parser.add_argument("--png", action="store_true", help="PNGs too")
     args = parser.parse_args(arguments)
-    rows = runs.newest(runs.read())
+    try:
+        rows = runs.newest(runs.read())
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        return 2
     if not rows:
         print(f"no rows in {runs.FOLDER}: nothing is drawn, and nothing removed", file=sys.stderr)
         return 2

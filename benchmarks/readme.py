@@ -34,11 +34,6 @@ class Claim(NamedTuple):
     case: str = ""
     """This one alone."""
 
-    @property
-    def choice(self) -> str:
-        """As the benchmark's arguments have it."""
-        return f'--case "{self.case}" ' if self.case else f'--group "{self.group}" ' if self.group else ""
-
     def shows(self, row: Row) -> bool:
         """Whether the row is one of the line's."""
         if (row["op"], row["quantity"]) != (self.op, self.quantity):
@@ -83,11 +78,12 @@ KERNELS = {
 
 HEAD = """\
 Medians, with the 20th and 80th percentile, of contestants that took turns after a check of their results. "2.00 ×
-eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, or scratch,
-what of it is neither output nor gradient. The limit is the fastest large product, or copy, of the same run; a
-convolution counts as a direct one, of which ours multiplies a quarter. `make plots` writes this part, of each case from
-the newest run in `benchmarks/results/`; a commit with a + had changes that were not committed, one with a ? is of a
-tree without git, which cannot tell.
+eager": eager takes twice the time of ours, by the median over rounds. Memory is the peak above the inputs, outputs and
+gradients included. The limit is the fastest large product, or copy, of the same run; a convolution counts as a direct
+one, of which ours multiplies a quarter. Decoding has no contestants: a mean over samples, the faster of two passes; a
+manifest's time is the median of five loads. `make plots` writes this part, of each case from the newest run in
+`benchmarks/results/`; a commit with a + had changes that were not committed, one with a ? is of a tree without git,
+which cannot tell, one with a ! was measured beside other work.
 """
 COLUMNS = ("what", "ours", "against", "memory", "command", "row")
 
@@ -149,14 +145,16 @@ def measured(results: Path) -> str:
 
 
 def _pictures(rows: list[Row]) -> Iterator[str]:
-    """The plots of the last CPU and the last GPU that have any."""
+    """The plots of the CPU and of the GPU that has most kinds of them, of several the last one measured."""
     there = plots.pictures(rows)
     for gpu in (False, True):
-        machine = _last([row for row in rows if bool(row["machine"].get("gpu")) == gpu])
-        if machine is None:
-            continue
-        names = {kind: plots.file_name(machine, kind) for kind in plots.KINDS}
-        names = {kind: name for kind, name in names.items() if name in there}
+        here = [row for row in rows if bool(row["machine"].get("gpu")) == gpu]
+        machine, names = "", dict[str, str]()
+        for row in sorted(here, key=lambda row: row["date"]):
+            all_names = {kind: plots.file_name(runs.machine(row), kind) for kind in plots.KINDS}
+            found = {kind: name for kind, name in all_names.items() if name in there}
+            if found and len(found) >= len(names):
+                machine, names = runs.machine(row), found
         for kind in EMBEDDED:
             if kind in names:
                 yield f"![{plots.KINDS[kind].title}; {machine}](benchmarks/plots/{names[kind]})\n"
@@ -203,17 +201,17 @@ def _range(claim: Claim, mine: list[Row], rows: list[Row]) -> Line:
         + (f" ({len(found)} of {len(mine)} cases)" if len(found) < len(mine) else "")
         for name, found in ratios.items()
     )
-    field = next((name for name in ("scratch_mib", "peak_mib") if mine[0].get(name) is not None), "peak_mib")
     most = {
         name: max(
-            (row[field] for row in rows if row["contestant"] == name and row.get(field) is not None), default=None
+            (row["peak_mib"] for row in rows if row["contestant"] == name and row.get("peak_mib") is not None),
+            default=None,
         )
         for name in (mine[0]["contestant"], *names)
     }
     memory = "; ".join(f"{name} {max(0, mib):.0f}" for name, mib in most.items() if mib is not None)
     ours = f"{mine[0]['contestant']} {runs.duration(times[0])} to {runs.duration(times[-1])}"
     about = f"{claim.words} ({len(mine)} cases)"
-    return _of(mine, about, ours, against, f"{field.split('_')[0]} at most, MiB: {memory}", _command(mine[0], claim))
+    return _of(mine, about, ours, against, f"peak at most, MiB: {memory}", _command(mine))
 
 
 def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
@@ -227,29 +225,28 @@ def _line(claim: Claim, row: Row, contestants: dict[str, Row]) -> Line:
         f"{row['speedup'][name]:.2f} × {name}" + (f" (no {rival['lacks']})" if rival.get("lacks") else "")
         for name, rival in rivals.items()
     )
-    return _of([row], claim.words, ours, against, _memory(row, rivals), _command(row, claim))
+    return _of([row], claim.words, ours, against, _memory(row, rivals), _command([row]))
 
 
 def _memory(row: Row, rivals: dict[str, Row]) -> str:
-    """Scratch where it is known, else peak; ours, then the others."""
-    field = next((name for name in ("scratch_mib", "peak_mib") if row.get(name) is not None), None)
-    if field is None:
+    """Peaks: ours, then the others'."""
+    if row.get("peak_mib") is None:
         return ""
 
     def mib(of: Row) -> str:
-        return f"{max(0, of[field]):.{1 if of[field] < 9.95 else 0}f}"  # below 0 is the meter's rounding
+        peak = max(0, of["peak_mib"])  # below 0 is the meter's rounding
+        return f"{peak:.{1 if peak < 9.95 else 0}f}"
 
-    theirs = [f"{name} {mib(rival)}" for name, rival in rivals.items() if rival.get(field) is not None]
-    return "; ".join([f"{field.split('_')[0]} {mib(row)} MiB", *([", ".join(theirs)] if theirs else [])])
+    theirs = [f"{name} {mib(rival)}" for name, rival in rivals.items() if rival.get("peak_mib") is not None]
+    return "; ".join([f"{mib(row)} MiB", *([", ".join(theirs)] if theirs else [])])
 
 
-def _command(row: Row, claim: Claim | None = None) -> str:
-    """What measures it again."""
-    threads = f"--threads {row['threads']}"
-    if claim:
-        device = "cuda" if row["machine"].get("gpu") else f"cpu {threads}"
-        return f"python -m benchmarks.run {claim.op} {claim.choice}--device {device}"
-    return f"python -m benchmarks.{row['op']} {threads if row['op'] == 'tokenizer' else ''}".strip()
+def _command(rows: Sequence[Row]) -> str:
+    """What measures them again, as they were: parts of a whole run."""
+    op = rows[0]["op"]
+    groups = {OPS[op].cases[row["case"]].group for row in rows} if op in OPS else {""}
+    part = f"{op}: {groups.pop()}" if groups != {""} and len(groups) == 1 else op
+    return f"make bench{'-gpu' * bool(rows[0]['machine'].get('gpu'))} ARGS='--again --part \"{part}\"'"
 
 
 def _of(rows: list[Row], what: str, ours: str, against: str, memory: str, command: str) -> Line:
@@ -270,7 +267,7 @@ def _tokenizer(rows: list[Row]) -> Iterator[Line]:
                 f"{100 * row['saving']:.0f} % less time than all frames, for "
                 f"{100 - 100 * row['share_of_frames']:.0f} % fewer frames, with the same tokens",
                 "",
-                _command(row),
+                _command([row]),
             )
 
 
@@ -292,7 +289,7 @@ def _data(rows: list[Row]) -> Iterator[Line]:
             f"{100 * bare['decode_ms'] / row['decode_ms']:.0f} % of the rate of {loop} "
             f"({runs.duration(bare['decode_ms'])}); with resize and crop {100 * bare['decode_ms'] / whole:.0f} %",
             "",
-            _command(row),
+            _command([row]),
         )
 
 
@@ -301,12 +298,12 @@ def _manifest(rows: list[Row]) -> Iterator[Line]:
         if "load_mib" in row:
             loaded = runs.duration(1e3 * row["load_seconds"])
             what = f"loading a manifest of {row['quantity']}"
-            yield _of([row], what, loaded, "", f"{row['load_mib']:.0f} MiB a process", _command(row))
+            yield _of([row], what, loaded, "", f"{row['load_mib']:.0f} MiB a process", _command([row]))
 
 
 def _demo(path: Path) -> Iterator[Line]:
     """The last run; its rows are of another form than those of ops."""
-    for row in [json.loads(line) for line in path.read_text().splitlines()][-1:]:
+    for row in runs.rows_of.read(path)[-1:]:
         machine = f"{row['cpu']}, {row['machine'].split(', ')[-1]}"
         below = (
             f"{100 - 100 * row[f'val_loss_{stream}'] / row[f'entropy_{stream}']:.1f} % ({stream})"
@@ -343,7 +340,7 @@ def _compiled(path: Path) -> Iterator[tuple[str, ...]]:
 def _unmeasured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     """Ops that no GPU has a row of."""
     measured = {row["op"] for row in rows if row["machine"].get("gpu")}
-    left = [op for op in dict.fromkeys(part.op for part in PARTS["cuda"]) if op not in measured]
+    left = [op for op in dict.fromkeys(part.op for part in PARTS["cuda"]) if op in OPS and op not in measured]
     if left:
         yield ", ".join(f"`{op}`" for op in left), "not measured", "", "", "`make bench-gpu`", ""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import verify
+from benchmarks.registry import OPS, PARTS
 from benchmarks.tables import aligned
 
 Row = dict[str, Any]
@@ -28,7 +29,8 @@ RESULTS = ("benchmarks/results", "benchmarks/plots", "README.md")
 
 MEASURED = (
     *("bevt", "kernels", "benchmarks/problems"),
-    *("benchmarks/timing.py", "benchmarks/memory.py", "benchmarks/limits.py"),
+    *(f"benchmarks/{name}.py" for name in ("timing", "memory", "limits", "foreign", "registry", "verify", "run")),
+    *("benchmarks/tokenizer.py", "benchmarks/data.py"),
 )
 """What a row is of, from the root: with this as it was, a case need not be measured again."""
 
@@ -53,14 +55,22 @@ class Unreadable(Exception):
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file. Raises Unreadable, with file and line, where one is broken."""
+    try:
+        return parse(_text(path), str(path))
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path} is no text in UTF-8 ({error}): no file of rows") from error
+
+
+def parse(text: str, name: str) -> list[Row]:
+    """The rows of a file's text. Raises Unreadable as `read`."""
     found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             row = error
         if not isinstance(row, dict):
-            raise Unreadable(f"{path}:{number} is no row of JSON: mend the line or remove it")
+            raise Unreadable(f"{name}:{number} is no row of JSON: mend the line or remove it")
         found.append(row)
     return found
 
@@ -78,12 +88,13 @@ def environment(device: str) -> Row:
     """What a row says about where it was measured; nothing in it names a host or a path.
 
     A tree without git history takes its commit from the environment variable BEVT_COMMIT; `tree` is the hash of
-    MEASURED in any case.
+    MEASURED in any case. Date and time are UTC; `run` is when it was asked, which rows of one command have in common.
     """
     # Not of a repository around this tree.
     own = _output("git", "-C", str(verify.ROOT), "rev-parse", "--show-toplevel") == str(verify.ROOT.resolve())
     commit = _output("git", "-C", str(verify.ROOT), "rev-parse", "HEAD") if own else None
     named = commit or os.environ.get("BEVT_COMMIT")
+    now = datetime.datetime.now(datetime.timezone.utc)
     if not named:
         print("no git history here: rows will not say their commit; set BEVT_COMMIT to it", file=sys.stderr)
     changes = _output(
@@ -93,7 +104,8 @@ def environment(device: str) -> Row:
         "commit": named or "unknown",
         "dirty": None if commit is None else bool(changes),
         "tree": verify.tree(*MEASURED),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": now.strftime("%Y-%m-%d"),
+        "run": now.strftime("%H:%M:%S"),
         "machine": _machine(device),
         "versions": {
             "python": platform.python_version(),
@@ -106,11 +118,21 @@ def environment(device: str) -> Row:
     }
 
 
+def _cpu() -> str:
+    """Its name, and where there are such numbers family and model: a virtual machine's name may say no more than whose
+    it is, and two generations with the same instructions may differ by a factor of two.
+    """
+    told = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE))
+    if "model name" not in told:
+        return platform.machine()
+    numbers = f" (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else ""
+    return told["model name"].strip() + numbers
+
+
 def _machine(device: str) -> Row:
-    names = re.findall(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: Row = {
-        "cpu": names[0].strip() if names else platform.machine(),
+        "cpu": _cpu(),
         "cores": cores,
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
@@ -199,7 +221,6 @@ COLUMNS = {
     "gbps": "GB/s",
     "percent_of_limit": "% limit",
     "peak_mib": "peak MiB",
-    "scratch_mib": "scratch MiB",
 }
 
 
@@ -240,10 +261,17 @@ def main() -> int:
         print("usage: python -m benchmarks.rows FILE..., each the rows.jsonl that a run left in $OUT", file=sys.stderr)
         return 2
     by_op: dict[str, list[Row]] = {}
+    ops = {part.op for parts in PARTS.values() for part in parts}
     try:
         came = [row for file in files for row in read(file)]
+        for row in came:
+            needed = (*KEY, "date", "device", "p50_ms") if row.get("op") in OPS and "absent" not in row else KEY[:5]
+            lacks = [key for key in needed if key not in row]
+            if row.get("op") not in ops or lacks:
+                what = f"has no {', '.join(lacks)}" if lacks and row.get("op") in ops else "is of no op that is known"
+                raise Unreadable(f"a row {what}: {str(row)[:200]}")
     except Unreadable as error:
-        print(error, file=sys.stderr)
+        print(f"nothing is merged: {error}", file=sys.stderr)
         return 2
     for row in came:
         by_op.setdefault(row["op"], []).append(row)

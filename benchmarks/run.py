@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ import torch
 from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import limits, memory, problems, rows, timing, verify
-from benchmarks.arguments import obstacle, seconds, threads
-from benchmarks.problems import Problem, Work
+from benchmarks.arguments import above_zero, obstacle, seconds, threads
+from benchmarks.interrupts import terminable
+from benchmarks.problems import Work
 from benchmarks.registry import OPS, QUANTITIES, TEST_SECONDS, grown
 from benchmarks.tables import short
-
-BUSY = 0.2
-"""Cores that others may take while times are measured, before the command says so."""
 
 FORWARD, BACKWARD, BOTH, FROZEN, STEP = QUANTITIES
 SECONDS = {"cpu": 25.0, "cuda": 1.5}
@@ -36,7 +34,11 @@ SECONDS = {"cpu": 25.0, "cuda": 1.5}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    with terminable():
+        return _main(_parser().parse_args(arguments))
+
+
+def _main(args: argparse.Namespace) -> int:
     start = time.monotonic()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a CUDA GPU: torch sees none", file=sys.stderr)
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=threads, help="CPU threads of torch")
     parser.add_argument("--seconds", type=seconds, help=f"for the timed rounds of a case; default: {SECONDS}")
     parser.add_argument(
-        "--limits", type=float, nargs=2, metavar=("FLOPS", "BANDWIDTH"), help="of this machine; default: measured"
+        "--limits", type=above_zero, nargs=2, metavar=("FLOPS", "BANDWIDTH"), help="of this machine; default: measured"
     )
     parser.add_argument("--missing", action="store_true", help="only cases without rows of this code and machine")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/OP.jsonl")
@@ -142,7 +144,7 @@ def measure(
     for name, contestant in problem.contestants.items():
         if impls and contestant.ours and name in IMPLEMENTATIONS and name not in impls:
             continue
-        if contestant.compiles and not OPS[op].cases[case].compiled:
+        if contestant.compiles and device not in OPS[op].cases[case].compiled:
             absent[name] = "is compiled for each case, and left out of this one"
         elif (name, device) == ("triton", "cpu") and not contestant.reasons:
             absent[name] = "is interpreted on a CPU, and not timed"
@@ -172,7 +174,7 @@ def measure(
     others = timing.Others()
     times = timing.interleaved(steps, device, seconds, least=problem.least, warm=problem.warm)
     busy = others.cores()
-    if busy is not None and busy > BUSY:
+    if busy is not None and busy > timing.BUSY:
         print(f"  other processes took {busy:.1f} cores meanwhile: these are no times of an idle machine", flush=True)
     notes = {name: problem.notes(name, len(times[name])) for name in good}
     peak = memory.peaks(problem, op, case, good, torch.get_num_threads()) if good else {}
@@ -221,12 +223,12 @@ def measure(
                     **row(quantity, name),
                     **statistics(ms),
                     **_rates(
-                        replace(work[quantity], flop=work[quantity].flop - problem.spared(name)),
+                        work[quantity].less(problem.spared(name)),
                         float(np.median(ms)) / 1e3,
                         most,
                         problem.direct_count,
                     ),
-                    **_memory(peak.get(name), quantity, problem),
+                    "peak_mib": _peak(peak.get(name), quantity),
                     "speedup": speedup,
                     "surcharge_over_frozen": surcharge,
                     "others_cores": None if busy is None else round(busy, 2),
@@ -255,6 +257,8 @@ def _rates(work: Work, seconds: float, most: limits.Limits | None, direct: bool)
             least["memory"] = work.bytes / most.bandwidth
         which = max(least, key=lambda name: least[name])
         percent = short(100 * least[which] / seconds)
+        if percent > 100:  # the limit was measured beside other work
+            percent, which = None, None
     return {
         **asdict(work),
         "tflops": short(work.flop / seconds / 1e12),
@@ -265,15 +269,9 @@ def _rates(work: Work, seconds: float, most: limits.Limits | None, direct: bool)
     }
 
 
-def _memory(peaks: memory.Peaks | None, quantity: str, problem: Problem) -> dict[str, float | None]:
-    """Peak memory, and what of it is neither output nor gradient where the quantity is all that is computed."""
-    peak = None if peaks is None else {FORWARD: peaks.forward, BOTH: peaks.both, STEP: peaks.both}.get(quantity)
-    whole = quantity == (BOTH if problem.grads else FORWARD)
-    scratch = peak - peaks.results if peak is not None and peaks is not None and whole else None
-    return {"peak_mib": _mib(peak), "scratch_mib": _mib(scratch)}
-
-
-def _mib(size: int | None) -> float | None:
+def _peak(peaks: memory.Peaks | None, quantity: str) -> float | None:
+    """MiB; None where it is not known, or is nothing of its own."""
+    size = None if peaks is None else {FORWARD: peaks.forward, BOTH: peaks.both, STEP: peaks.both}.get(quantity)
     return None if size is None else round(size / 2**20, 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from benchmarks import rows as rows_of
 from benchmarks.registry import OPS, PARTS
 from benchmarks.rows import Row
+from benchmarks.timing import BUSY
 
 T = TypeVar("T")
 FOLDER = Path(__file__).parent / "results"
@@ -74,7 +75,8 @@ def machine(row: Row) -> str:
     there = row["machine"]
     if there.get("gpu"):
         return there["gpu"]
-    threads = "" if row["threads"] == there["cores"] else f", {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    n = row["threads"]
+    threads = "" if n in (None, there["cores"]) else f", {n} thread{'s' * (n > 1)}"
     return f"{there['cpu']}, {there['cores']} cores, {there['isa']}{threads}"
 
 
@@ -97,9 +99,10 @@ def duration(ms: float) -> str:
 
 
 def commit(row: Row) -> str:
-    """Short, with a + where changes were not committed, and a ? where no git could tell."""
-    return row["commit"][:7] + {False: "", True: "+", None: "?"}[row["dirty"]]
+    """Short, with a + where changes were not committed, a ? where no git could tell, a ! where others were at work."""
+    busy = "!" if (row.get("others_cores") or 0) > BUSY else ""
+    return row["commit"][:7] + {False: "", True: "+", None: "?"}[row["dirty"]] + busy
 
 
 def _run(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("commit", "dirty", "tree", "date", "machine", "versions"))
+    return tuple(row.get(name) for name in ("commit", "dirty", "tree", "date", "run", "machine", "versions"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -24,8 +24,9 @@ from bevt_kernels.select import IMPLEMENTATIONS
 
 from benchmarks import rows, verify
 from benchmarks.arguments import obstacle, seconds
+from benchmarks.interrupts import terminable
 from benchmarks.problems import KINDS
-from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, TESTS, Part
+from benchmarks.registry import DTYPES, OPS, PARTS, TEST_SECONDS, TESTS, TOKENIZER_TESTS, Part
 
 SECONDS = {"cpu": 600.0, "cuda": 480.0}
 """For a run."""
@@ -33,6 +34,7 @@ ROUNDS = {"cpu": 3.0, "cuda": 1.0}
 """Seconds for the timed rounds of a case."""
 IMPLEMENTATION = {"cpu": "native", "cuda": "triton"}
 """Of ours; the plain PyTorch rival of a kernel is "eager", our own reference is for tests."""
+OVER = "out of time"
 GRACE = 30.0
 """What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
 
@@ -46,6 +48,8 @@ class Command(NamedTuple):
     """Modules that the ops do without."""
     device: str
     """On which it runs, whatever the run's."""
+    tests: tuple[str, ...] = ()
+    """As those of an op (`registry.Op`)."""
 
 
 COMMANDS = {
@@ -54,6 +58,7 @@ COMMANDS = {
         ("--seconds", "15", "--device", "cpu", "--threads", str(torch.get_num_threads())),
         ("safetensors",),
         "cpu",
+        TOKENIZER_TESTS,
     ),
     "data": Command(
         "the loader: samples/s of every decoder on real clips and photographs; a manifest of 100,000 videos",
@@ -89,13 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     outcomes: list[tuple[Part, str]] = []
     start = time.monotonic()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends the part under way, too
+    if out := os.environ.get("OUT"):
+        os.environ["OUT"] = os.path.abspath(out)  # parts run in another folder
     try:
-        code = measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device], outcomes)
+        with terminable():
+            code = measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device], outcomes)
     except KeyboardInterrupt:
         code = 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(f"\n{'part':50}outcome")
     print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
     print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
@@ -107,13 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, outcomes: list[tuple[Part, str]]) -> int:
     """Tests, then the parts, for at most `seconds`; how each went is added to `outcomes`. Returns the exit code."""
     start = time.monotonic()
-    red = _red_tests(device, parts)
+    red = _red_tests(device, parts, seconds)
     limits = _limits(device) if any(part.op in OPS for part in parts) else []
     for i, part in enumerate(parts):
         begun = time.monotonic()
         left = start + seconds - begun
         print(f"\n== {part.name} ({i + 1} of {len(parts)}, {begun - start:.0f} s in)", flush=True)
-        if part.op in OPS and red.intersection(OPS[part.op].tests):
+        if red.intersection(_tests(part.op)):
             outcome = "not measured: its tests are red"
         elif left < part.seconds:
             outcome = "not measured: out of time"
@@ -125,15 +130,21 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
             rows.save(rows.path(part.op), [{**rows.environment(COMMANDS[part.op].device), **absent}])
         else:
             most = min(left, 2 * part.seconds)  # one that hangs must not cost the others' time
-            outcome = _run(_command(part, device, again, most, limits), most + GRACE)
+            try:
+                outcome = _run(_command(part, device, again, most, limits), most + GRACE)
+            except KeyboardInterrupt:
+                outcomes.append((part, f"interrupted, {time.monotonic() - begun:.0f} s"))
+                raise
+            if outcome == OVER and most < left:
+                outcome = f"ended by force: it took over {most + GRACE:.0f} s"
         outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
-    return int(bool(red) or any(outcome.startswith("ended with") for _, outcome in outcomes))
+    return int(bool(red) or any(outcome.startswith("ended") for _, outcome in outcomes))
 
 
-def _red_tests(device: str, parts: Sequence[Part]) -> set[str]:
+def _red_tests(device: str, parts: Sequence[Part], seconds: float) -> set[str]:
     """Patterns of the parts' tests that are not green; each may take all the time but ten seconds for each after it."""
-    end = time.monotonic() + TEST_SECONDS[device]
-    patterns = list(dict.fromkeys(pattern for part in parts if part.op in OPS for pattern in OPS[part.op].tests))
+    end = time.monotonic() + min(TEST_SECONDS[device], seconds)
+    patterns = list(dict.fromkeys(pattern for part in parts for pattern in _tests(part.op)))
     red = set()
     for i, pattern in enumerate(patterns):
         left = end - time.monotonic() - 10 * (len(patterns) - i - 1)
@@ -143,6 +154,10 @@ def _red_tests(device: str, parts: Sequence[Part]) -> set[str]:
             print(closed, file=sys.stderr)
             red.add(pattern)
     return red
+
+
+def _tests(op: str) -> tuple[str, ...]:
+    return COMMANDS[op].tests if op in COMMANDS else OPS[op].tests
 
 
 def _needs(op: str) -> tuple[str, ...]:
@@ -178,13 +193,13 @@ def _run(words: list[str], seconds: float) -> str:
     try:
         done = subprocess.run(command, cwd=verify.ROOT, env=verify.environment_of_tree(), timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return "out of time"
+        return OVER
     return "done" if done.returncode == 0 else f"ended with {done.returncode}"
 
 
 def dry_run(device: str, parts: Sequence[Part]) -> int:
     """Each part, its inputs and its time; then all kernels' machine code. Returns the exit code."""
-    tests = sorted({pattern for part in parts if part.op in OPS for pattern in OPS[part.op].tests})
+    tests = sorted({pattern for part in parts for pattern in _tests(part.op)})
     print(f"first the tests, about {TESTS[device]:.0f} s and at most {TEST_SECONDS[device]:.0f}: {' '.join(tests)}")
     for part in parts:
         print(f"\n{part.name}: about {part.seconds:.0f} s")
@@ -198,12 +213,15 @@ def dry_run(device: str, parts: Sequence[Part]) -> int:
         for name, entry in OPS[part.op].cases.items():
             if entry.group == part.group and device in entry.batch:
                 shape = ", ".join(f"{key} {value}" for key, value in asdict(entry.case).items())
-                few = "" if entry.compiled else "; without what is compiled for each case"
+                few = "" if device in entry.compiled else "; without what is compiled for each case"
                 print(f"  {name}: {entry.batch[device]} times {shape}{few}")
     whole = sum(part.seconds for part in parts)
     print(f"\n{len(parts)} parts, about {whole:.0f} s, and {TESTS[device]:.0f} s for the tests")
     if device == "cpu":
         return 0
+    if importlib.util.find_spec("triton") is None:
+        print("\nthe kernels' machine code needs Triton: pip install triton", file=sys.stderr)
+        return 2
     print("\nevery Triton kernel, ahead of time:", flush=True)
     return subprocess.run([sys.executable, "-m", "benchmarks.aot", "--all"], cwd=verify.ROOT, check=False).returncode
 

@@ -84,6 +84,10 @@ def interleaved(
     return times
 
 
+BUSY = 0.2
+"""Cores that others may take while times are measured, before it is said."""
+
+
 class Others:
     """CPU time that other processes take from now on: a busy machine's times are not an idle one's."""
 

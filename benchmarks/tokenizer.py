@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks import rows, timing, verify
 from benchmarks.arguments import obstacle, seconds, threads
-from benchmarks.problems.train import random_encoder
+from benchmarks.problems.train import DISAGREEMENT, random_encoder
+from benchmarks.registry import TEST_SECONDS, TOKENIZER_TESTS
 from benchmarks.run import statistics
 from bevt import masking
 from bevt.config import Config, TokenizerConfig
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing is measured: {why}", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
+    try:
+        print(verify.green(TOKENIZER_TESTS, args.device, TEST_SECONDS[args.device]), flush=True)
+    except verify.GateClosed as closed:
+        print(closed, file=sys.stderr)
+        return 1
     common = {**rows.environment(args.device), "op": "tokenizer", "device": args.device, "threads": args.threads}
     encoder = random_encoder(torch.rand(2, 3, 112, 112))
     done = [
@@ -135,6 +141,20 @@ def variants(encoder: DalleEncoder, args: argparse.Namespace) -> list[rows.Row]:
         contestants[name] = DalleTokenizer(copy.deepcopy(encoder), TokenizerConfig(**keys)).to(args.device)
     frames = FRAMES[args.device]
     pixels = torch.rand(frames, 3, 112, 112, device=args.device)
+    published = contestants["contiguous"].encode(pixels)
+
+    def others(tokenizer: Tokenizer) -> float:
+        """The share of codes that are not the published encoder's."""
+        return float((tokenizer.encode(pixels) != published).double().mean())
+
+    for name, keys in settings.items():
+        eager = DalleTokenizer(
+            copy.deepcopy(encoder), TokenizerConfig(**{**keys, "impl": "reference", "compile": "no"})
+        )
+        share, most = others(contestants[name]), 2 * others(eager.to(args.device)) + DISAGREEMENT
+        print(f"{name}: {100 * share:.2f} % of the codes are not the published encoder's", flush=True)
+        if share > most:
+            raise SystemExit(f"at most {100 * most:.2f} % may be others: nothing is timed")
     times = _times({name: lambda t=t: t.encode(pixels) for name, t in contestants.items()}, args)
     return [
         {

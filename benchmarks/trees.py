@@ -32,6 +32,8 @@ def commit(rev: str) -> str:
     except OSError as error:
         raise Unusable(f"the base is a commit, and git does not run: {error}") from error
     if done.returncode:
+        if git("rev-parse", "--git-dir").returncode:
+            raise Unusable(f"the base is a commit, and there is no git history here: {done.stderr.strip() or rev!r}")
         raise Unusable(f"{rev!r} is no commit of this repository (a shallow clone has few: git fetch --unshallow)")
     return done.stdout.splitlines()[-1]
 
@@ -78,7 +80,11 @@ def checkout(of: str, native: bool) -> Path:
         if native:
             give_library(part, of)
             shutil.rmtree(part / "build", ignore_errors=True)  # object files
-        part.rename(kept)
+        try:
+            part.rename(kept)
+        except OSError:  # another process has just made it
+            if not kept.is_dir():
+                raise
     finally:
         packed.unlink(missing_ok=True)
         shutil.rmtree(part, ignore_errors=True)

@@ -66,8 +66,7 @@ def green(patterns: Sequence[str], device: str, seconds: float) -> str:
         if not paths:
             raise GateClosed(f"no tests match {pattern}")
     asked = sorted({path for paths in found.values() for path in paths})
-    # A green folder holds green files.
-    paths = [p for p in asked if not (_stamp(p, device).exists() or _stamp(str(Path(p).parent), device).exists())]
+    paths = [path for path in asked if not _stamp(path, device).exists()]
     if not paths:
         return f"tests: {' '.join(asked)} green on {device} (remembered)"
     if not find_spec("pytest"):

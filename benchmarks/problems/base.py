@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,16 @@ class Work:
     """What must be done at least; None where nobody counted it."""
 
     flop: int
-    """By the op's formula: whole windows, used slots, no padding."""
+    """Whole windows, used slots, no padding, nothing twice: of attention two products forward and four backward."""
     flop_unmasked: int | None = None
     """Without the pairs that a shift excludes; the others where there is no shift."""
     bytes: int | None = None
     """Each input read once, each output written once."""
+
+    def less(self, flop: int) -> Work:
+        """Without so many."""
+        unmasked = None if self.flop_unmasked is None else self.flop_unmasked - flop
+        return replace(self, flop=self.flop - flop, flop_unmasked=unmasked)
 
 
 class Problem(ABC):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problems.base import Contestant, Leaves, Work
-from benchmarks.problems.models import Model
+from benchmarks.problems.models import Model, attention_flop
 from benchmarks.registry import QUANTITIES, TrainCase
 from benchmarks.tables import short
 from bevt import masking
 from bevt.config import Config, MaskConfig, resized, tokenizer_settings
 from bevt.data import augment
 from bevt.data.batch import Batch
+from bevt.models.bevt import CELL
 from bevt.models.region import compile_regions
 from bevt.recipes import RECIPES
 from bevt.tokenizers import Tokenizer
@@ -71,9 +72,10 @@ class TrainingStep(Model):
     """The joint recipe's step on the fused and on the reference path, as `bevt pretrain` builds them.
 
     "tokens kept": with a token cache that has every view, as in later epochs (`--tokenizer.cache`), which the reference
-    path does not have. Judged on one clip and two images, in two parts. Codes at the masked positions: by how many are
-    not the reference path's in float32, beside how many of that path's in the same dtype are not. Loss and gradients:
-    on float32's codes, so that a code which differs is not an error of the model.
+    path does not have. Judged on one clip and two images, in three parts. Codes at the masked positions: by how many
+    are not the reference path's in float32, beside how many of that path's in the same dtype are not. Loss and
+    gradients: on float32's codes, so that a code which differs is not an error of the model. The update: on float64's
+    gradients, since AdamW's first goes by the sign of those that are near 0; they are made large enough to be clipped.
     """
 
     case: TrainCase
@@ -178,13 +180,13 @@ class TrainingStep(Model):
         return {"seconds": {phase: short(float(np.median([each[phase] for each in taken]))) for phase in PHASES}}
 
     def answer(self, name: str, frozen: bool = False) -> Leaves:
-        """Losses and gradients on float32's codes, and the contestant's own codes."""
+        """Losses and gradients on float32's codes, the contestant's own codes, and an update by float64's gradients."""
         inputs, step = self._judged(_path(name), self.precision, "judged" if name == KEPT else "")
         codes = self._codes(inputs)
-        return {**self._gradients(inputs, step), "codes": codes}
+        return {**self._gradients(inputs, step), "codes": codes, **self._update(step)}
 
     def truth(self) -> tuple[Leaves, Leaves]:
-        """Of the reference path; sets `codes`, which `answer` needs."""
+        """Of the reference path; sets `codes` and `steep`, which `answer` needs."""
         inputs, step = self._judged("reference", "float32")
         self.codes = self._codes(inputs)
         if len(self.codes.unique()) < min(100, len(self.codes) // 8):
@@ -194,7 +196,11 @@ class TrainingStep(Model):
             half, step = self._judged("reference", self.precision)
             eager = self._codes(half)
         wide = self._trainer(self._config("reference", "float64", 1, 2))
-        return self._gradients(inputs, wide), {**self._gradients(inputs, step), "codes": eager}
+        oracle, plain = self._gradients(inputs, wide), self._gradients(inputs, step)
+        gradients = {name: p.grad for name, p in wide.model.named_parameters() if p.grad is not None}
+        norm = torch.stack([grad.norm() for grad in gradients.values()]).norm()
+        self.steep = {name: 2 * wide.config.optim.clip_grad / norm * grad for name, grad in gradients.items()}
+        return {**oracle, **self._update(wide)}, {**plain, **self._update(step), "codes": eager}
 
     def _judged(self, path: str, precision: str, cache: str = "") -> tuple[dict[Stream, MaskedInput], TrainStep]:
         """One clip and two images as the model takes them, and what steps a new model. From a cache the second time."""
@@ -229,6 +235,16 @@ class TrainingStep(Model):
         grads = {f"grad {name}": p.grad for name, p in step.model.named_parameters()}
         return results | {name: grad for name, grad in grads.items() if grad is not None}
 
+    def _update(self, step: TrainStep) -> Leaves:
+        """What an update by `self.steep` changes, and the first moment that it leaves."""
+        named = dict(step.model.named_parameters())
+        before = {name: p.detach().clone() for name, p in named.items()}
+        for name, p in named.items():
+            p.grad = self.steep[name].to(p, copy=True)  # clipping writes into it
+        step._update(RATE, {"loss": torch.zeros((), device=self.device)})
+        moments = {f"moment {name}": step.optimizer.state[p]["exp_avg"] for name, p in named.items()}
+        return {**{f"update {name}": p.detach() - before[name] for name, p in named.items()}, **moments}
+
     def check(self, results: Leaves, oracle: Leaves, eager: Leaves, note: str, times: float) -> None:
         """By the error rule, but for codes."""
         other, eagers = (float((x["codes"] != self.codes).double().mean()) for x in (results, eager))
@@ -258,8 +274,13 @@ class TrainingStep(Model):
         training = 0.0
         for row in others:
             shares = more if row.name in budget.BEHIND else (1.0, 1.0)
-            training += 6e9 * (len(clips) * row.clip_gmac * shares[0] + len(images) * row.image_gmac * shares[1])
-        return {QUANTITIES[-1]: Work(round(training) + self.tokenizing)}
+            passes = 2 if row.name == "patch embedding" else 3  # nobody needs the gradient of pixels
+            gmac = len(clips) * row.clip_gmac * shares[0] + len(images) * row.image_gmac * shares[1]
+            training += passes * 2e9 * gmac
+        flop = round(training) + self.tokenizing
+        maps = [(len(x), (depth, CELL * h, CELL * w)) for x, (depth, h, w) in zip((clips, images), grids)]
+        excluded = sum(attention_flop(config.model, n, grid)[1] for n, grid in maps)
+        return {QUANTITIES[-1]: Work(flop, flop - 3 * excluded)}
 
     def spared(self, name: str) -> int:
         """Tokenizing, where tokens are kept."""

@@ -151,7 +151,8 @@ class VideoMAEStep(Model):
         head = 2 * hidden * widths.decoder_channels * pixels
         rest = encoder + narrow + decoder + head
         forward, backward = clips * (embed + rest), clips * (embed + 2 * rest)
-        return {"forward": Work(forward), "backward": Work(backward), "forward+backward": Work(forward + backward)}
+        flops = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+        return {quantity: Work(flop, flop) for quantity, flop in flops.items()}
 
 
 def _layer(tokens: int, channels: int) -> int:

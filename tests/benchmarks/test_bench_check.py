@@ -320,25 +320,32 @@ def test_every_op_of_a_device_is_checked(device: str) -> None:
     assert left_out <= {"videomae_step"}
 
 
+def of(isa: str) -> rows.Row:
+    """A machine."""
+    return {**MACHINE, "isa": isa}
+
+
 def row(isa: str, speedup: float, **change: Any) -> rows.Row:
     same = {"op": "window_attention", "case": "small", "device": "cpu", "contestant": "native"}
-    return {**same, "quantity": "forward+backward", "machine": {"isa": isa}, "speedup": {"eager": speedup}, **change}
+    return {**same, "quantity": "forward+backward", "machine": of(isa), "speedup": {"eager": speedup}, **change}
 
 
 def test_floors() -> None:
-    """Of the same instruction set, else of any, and lower; the smallest."""
+    """Of the same class of machines, else of any; the smallest."""
     found = [row("AVX2", 2.0), row("AVX512", 4.0), row("AVX512", 3.0), row("AVX512", 0.1, quantity="forward")]
     arguments = (("window_attention", "small"), "native", "forward+backward")
-    assert check.floor(found, *arguments, "AVX512") == (check.FRACTION * 3.0, "AVX512")
-    assert check.floor(found, *arguments, "NEON") == (check.FRACTION * 2.0 * check.FOREIGN, "AVX2")
+    share = check.FRACTIONS["window_attention"]
+    assert check.floor(found, *arguments, of("AVX512")) == (share * 3.0, "cpu toy, cores 2, isa AVX512")
+    assert check.floor(found, *arguments, of("NEON")) == (share * 2.0, "cpu toy, cores 2, isa AVX2")
     with pytest.raises(check.Unusable, match="no committed row says how much faster than eager native is"):
-        check.floor(found[3:], *arguments, "AVX512")
+        check.floor(found[3:], *arguments, of("AVX512"))
 
 
-def test_every_floor_has_rows() -> None:
-    for key in check.RATIOS:
-        quantity = "forward" if key[0] in ("conv3x3", "linear_argmax") else "forward+backward"
-        assert check.floor(check.committed_rows(), key, "native", quantity, "any")[0] > 0.1
+@pytest.mark.parametrize("key", check.RATIOS, ids=lambda key: key[0])
+def test_every_floor_has_rows(key: check.Key) -> None:
+    """Where no machine of the class has been measured, too: not far below plain PyTorch."""
+    quantity = "forward" if key[0] in ("conv3x3", "linear_argmax") else "forward+backward"
+    assert check.floor(check.committed_rows(), key, "native", quantity, of("any"))[0] > 0.7
 
 
 @pytest.fixture

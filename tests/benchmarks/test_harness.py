@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import synthetic
 import torch
 from bevt_kernels import baselines
 from bevt_kernels.testing import ArgmaxCase, ConvCase, LinearCase, LossCase, WindowCase
@@ -21,7 +23,12 @@ from bevt_kernels.window_attention import reference
 
 from benchmarks import limits, memory, problems, registry, rows, run, suite, timing, verify
 from benchmarks.limits import Limits
+from benchmarks.problems import Work, models
 from benchmarks.registry import OPS, PARTS, Case, Entry, HeadCase, Op, Part, StepCase, TrainCase, VideoMAECase
+from bevt import budget
+from bevt.config import SIZES, DataConfig, ModelConfig, resized
+from bevt.recipes.pretrain import joint_stage
+from bevt.train import optim
 
 SMALL = WindowCase(1, (2, 6, 6), (2, 3, 3), (0, 1, 1), heads=2, head_dim=16)
 CASES: dict[str, Case] = {
@@ -37,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, case in CASES.items():
         monkeypatch.setitem(OPS, op, Op({"small": Entry("cpu", case, {"cpu": 2})}, ("none",)))
     monkeypatch.setattr(verify, "green", lambda *_: "tests: green")
-    monkeypatch.setattr(memory, "peaks", lambda *args: dict.fromkeys(args[3], memory.Peaks(2**20, 2**21, 2**19)))
+    monkeypatch.setattr(memory, "peaks", lambda *args: dict.fromkeys(args[3], memory.Peaks(2**20, 2**21)))
     monkeypatch.setattr(limits, "measure", lambda *_: Limits(1e12, 1e11))
     for rivals in (baselines.WINDOW_ATTENTION, baselines.MASKED_LINEAR_CROSS_ENTROPY, baselines.LINEAR_ARGMAX):
         monkeypatch.delitem(rivals, "eager compiled")  # takes 15 s of g++
@@ -69,8 +76,8 @@ def test_a_run_writes_complete_rows(small: None, out: Path, capsys: pytest.Captu
     row = both["reference"]
     assert set(row["speedup"]) == {"eager", "sdpa"}
     assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-    assert (row["peak_mib"], row["scratch_mib"], row["rounds"], row["problem"]["batch"]) == (2, 1.5, 5, 2)
-    assert row["flop"] == 7 * 2 * (2 * 72) * 18 * 32  # seven products of 2 * tokens * N * C
+    assert (row["peak_mib"], row["rounds"], row["problem"]["batch"]) == (2, 5, 2)
+    assert row["flop"] == 6 * 2 * (2 * 72) * 18 * 32  # six products of 2 * tokens * N * C
     assert row["limits"] == {"flops": 1e12, "bandwidth": 1e11}
     least = max(row["flop_unmasked"] / 1e12, row["bytes"] / 1e11)
     assert row["percent_of_limit"] == pytest.approx(100 * 1e3 * least / row["p50_ms"], rel=1e-3)
@@ -78,7 +85,7 @@ def test_a_run_writes_complete_rows(small: None, out: Path, capsys: pytest.Captu
     assert both["eager"]["surcharge_over_frozen"] is None
     assert row["surcharge_over_frozen"] > -1
     assert (row["ours"], both["eager"]["ours"]) == (True, False)
-    for name in ("commit", "dirty", "tree", "date", "machine", "versions", "clocks"):
+    for name in ("commit", "dirty", "tree", "date", "run", "machine", "versions", "clocks"):
         assert name in row
     absent = {row["contestant"]: row for row in lines(out) if "absent" in row}
     assert set(absent) == {"flex", "xformers"}
@@ -98,7 +105,7 @@ def test_the_loss_has_rows_of_the_whole_step_and_of_what_rivals_lack(
     assert {row["quantity"] for row in got.values()} == {"forward+backward"}
     assert (got["eager"]["lacks"], got["torch linear_cross_entropy"]["lacks"]) == (None, "accuracy")
     assert got["reference"]["flop"] == 3 * 2 * (2 * 20) * 16 * 61  # three products over the used slots of two clips
-    assert set(got["reference"]["speedup"]) == {"recompute", "eager", "torch linear_cross_entropy"}
+    assert set(got["reference"]["speedup"]) == {"ours, recomputing", "eager", "torch linear_cross_entropy"}
 
 
 def test_an_op_without_gradients_has_rows_of_its_forward(small: None, out: Path, capsys: pytest.CaptureFixture) -> None:
@@ -108,7 +115,7 @@ def test_an_op_without_gradients_has_rows_of_its_forward(small: None, out: Path,
     assert set(got) == {"reference", "eager"}
     row = got["reference"]
     assert (row["quantity"], row["flop"]) == ("forward", 2 * (2 * 50) * 16 * 61)
-    assert (row["peak_mib"], row["scratch_mib"]) == (1, 0.5)
+    assert row["peak_mib"] == 1
 
 
 def test_a_wrong_implementation_stops_the_run(
@@ -211,12 +218,6 @@ def test_green_tests_are_remembered_until_something_changes(tree: Path) -> None:
         verify.green(pattern, "cpu", 60)
 
 
-def test_a_green_folder_holds_green_files(tree: Path) -> None:
-    tree.write_text("def test(): pass")
-    assert "(remembered)" not in verify.green(["tests/kernels"], "cpu", 60)
-    assert "(remembered)" in verify.green(["tests/kernels/test_t*.py"], "cpu", 60)
-
-
 def test_of_several_files_only_those_run_that_are_not_known_to_be_green(tree: Path) -> None:
     tree.write_text("def test(): pass")
     other = tree.with_name("test_other.py")
@@ -263,7 +264,7 @@ def test_the_table_leaves_out_what_was_not_measured() -> None:
     )
     cells = [line.split() for line in text.splitlines()]
     assert cells[0][-2:] == ["x", "b"]
-    assert cells[1] == ["forward", "a", "-", "1.25", "-", "-", "-", "-", "-", "-", "2"]
+    assert cells[1] == ["forward", "a", "-", "1.25", "-", "-", "-", "-", "-", "2"]
     assert cells[2][-1] == "-"
     assert text.endswith("a: the bias table's gradient adds 5.0 %")
 
@@ -345,7 +346,7 @@ def test_counted_work(monkeypatch: pytest.MonkeyPatch) -> None:
     stage_1 = problems.WindowAttention(WindowCase(1, (8, 56, 56), (8, 7, 7), (0, 3, 3), heads=4, head_dim=32), "cpu")
     work = stage_1.work()
     assert work["forward"].flop == 4 * 64 * 4 * 392**2 * 32  # two products of 64 windows, 4 heads
-    assert work["backward"].flop == work["forward"].flop * 5 // 2
+    assert work["backward"].flop == work["forward"].flop * 2
     kept = (reference.border_bias((8, 56, 56), (8, 7, 7), (0, 3, 3), torch.empty(0)) == 0).double().mean()
     assert math.isclose(work["forward"].flop_unmasked, work["forward"].flop * float(kept), rel_tol=1e-6)
     tokens, table = 8 * 56 * 56, 4 * 15 * 13 * 13 * 4
@@ -399,8 +400,52 @@ def test_training_step_is_the_same_on_both_paths(kind: str) -> None:
     shuffled = answer["codes"][torch.randperm(len(answer["codes"]))]
     with pytest.raises(AssertionError, match=r"codes: \d+\.\d\d % are not float32's, at most 0\.50 % may be others"):
         problem.check({**answer, "codes": shuffled}, oracle, eager, "", 2)
-    with pytest.raises(AssertionError, match=r"qkv\.weight: mean error"):
-        problem.check({**answer, "qkv.weight": 1.001 * answer["qkv.weight"]}, oracle, eager, "", 2)
+    for what in ("grad", "update", "moment"):
+        wrong = 1.001 * answer[f"{what} qkv.weight"]
+        with pytest.raises(AssertionError, match=rf"{what} qkv\.weight: mean error"):
+            problem.check({**answer, f"{what} qkv.weight": wrong}, oracle, eager, "", 2)
+    moments = torch.cat([x for name, x in oracle.items() if name.startswith("moment ")])
+    clip = problem.steps["fused"].config.optim.clip_grad
+    assert moments.norm().item() == pytest.approx(0.1 * clip)  # what is judged was clipped
+
+
+@pytest.mark.parametrize("part", ["update", "clipping"])
+def test_a_training_step_that_does_not_update_is_wrong(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.TrainingStep(TrainCase(1, "tiny", 1, "vq", frames=2, side=96), "cpu")
+    oracle = problem.truth()
+    monkeypatch.setattr(problem, "truth", lambda: oracle)
+    if part == "update":
+        monkeypatch.setattr(optim, "update", lambda *_: None)
+    else:
+        monkeypatch.setattr(torch, "_foreach_mul_", lambda *_: None)
+    with pytest.raises(verify.GateClosed, match=r"fused is wrong, so nothing is timed: (update|moment|'exp_avg')"):
+        verify.contestants(problem, ["fused"])
+
+
+@pytest.mark.parametrize(("frames", "side"), [(16, 224), (8, 160)])
+def test_work_of_the_models_is_by_one_rule(frames: int, side: int) -> None:
+    """Attention as the op's own cases have it; the encoder alone and in a training step, whose budget is another's."""
+    encoder = problems.VideoSwinStep(StepCase(1, "tiny", frames, side), "cpu")
+    attention, excluded = models.attention_flop(encoder.config, 1, (frames // 2, side // 4, side // 4))
+    size = resized(ModelConfig(), "tiny")
+    config = replace(joint_stage(), model=size, data=replace(DataConfig(), frames=frames, crop=side))
+    rows_of = {row.name.strip(): 2e9 * row.clip_gmac for row in budget.counted(config)}
+    assert attention == pytest.approx(rows_of["attention"], rel=1e-9)
+    assert (excluded > 0) == (side > 28)
+    work = encoder.work()
+    assert work["forward"].flop == pytest.approx(rows_of["encoder"] + rows_of["patch embedding"], rel=1e-9)
+    both = 3 * rows_of["encoder"] + 2 * rows_of["patch embedding"]
+    assert work["forward+backward"].flop == pytest.approx(both, rel=1e-9)
+    assert work["forward+backward"].flop_unmasked == pytest.approx(both - 3 * excluded, rel=1e-9)
+
+
+def test_pairs_that_shifts_exclude() -> None:
+    """Of all stages of Swin-T on clips: the op's own count."""
+    cases = [OPS["window_attention"].cases[f"swin-t video stage {i} shifted"].case for i in (1, 2, 3)]
+    blocks = (1, 1, 3)  # of those that are shifted
+    works = [problems.WindowAttention(case, "cpu").work()["forward"] for case in cases]  # type: ignore[arg-type]
+    excluded = sum(n * (work.flop - work.flop_unmasked) for n, work in zip(blocks, works))
+    assert models.attention_flop(SIZES["tiny"], 1, (8, 56, 56))[1] == pytest.approx(excluded, rel=1e-9)
 
 
 def test_torchvision_computes_the_same_encoder(torchvision_video: ModuleType) -> None:
@@ -412,7 +457,8 @@ def test_encoder_step_is_the_same_by_eager_attention() -> None:
     problem = problems.VideoSwinStep(StepCase(1, "tiny", frames=4, side=64), "cpu")
     good, wrong = verify.contestants(problem, ["reference", "eager"])
     assert (good, wrong) == (["reference", "eager"], {})
-    assert {"out", "attn.relative_position_bias_table", "qkv.weight"} <= set(problem.judged(problem.step("eager")))
+    kinds = set(problem.judged(problem.step("eager")))
+    assert {"out", "grad attn.relative_position_bias_table", "grad qkv.weight"} <= kinds
     assert problem.work()["forward"].flop > 0
 
 
@@ -424,8 +470,6 @@ def test_peak_memory_sees_the_scores_of_the_eager_form() -> None:
     peaks = found["eager"]
     scores = 16 * 4 * 392**2 * 4
     assert 2 * scores < peaks.forward < peaks.both < 8 * scores
-    qkv, table = (x.nbytes for x in problem.leaves.values())
-    assert peaks.results == qkv + qkv // 3 + table
 
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason="peak memory on a CPU is read from Linux' /proc")
@@ -518,7 +562,8 @@ def test_what_rests_on_red_tests_is_not_measured(
         return "green"
 
     monkeypatch.setattr(verify, "green", red)
-    assert suite.main(["cpu", "--part", "conv3x3", "--part", "data", "--again"]) == 1
+    monkeypatch.setitem(PARTS, "cpu", (*PARTS["cpu"], Part("tokenizer", "", 1)))
+    assert suite.main(["cpu", "--part", "conv3x3", "--part", "data", "--part", "tokenizer", "--again"]) == 1
     assert [words[0] for words in parts] == ["data"]
     assert "not measured: its tests are red" in capsys.readouterr().out
 
@@ -553,13 +598,12 @@ def test_rows_from_another_machine_are_merged(
 ) -> None:
     monkeypatch.setattr(rows, "path", lambda op: tmp_path / f"{op}.jsonl")
     back = tmp_path / "rows.jsonl"
-    back.write_text(
-        "".join(json.dumps({"op": op, "case": "a", "p50_ms": ms}) + "\n" for op, ms in (("x", 1), ("y", 2), ("x", 3)))
-    )
+    came = [synthetic.row(ms=ms, op=op) for op, ms in (("linear", 1), ("conv3x3", 2), ("linear", 3))]
+    back.write_text("".join(json.dumps(row) + "\n" for row in came))
     monkeypatch.setattr(sys, "argv", ["rows", str(back)])
     assert rows.main() == 0
-    assert [row["p50_ms"] for row in lines(tmp_path / "x.jsonl")] == [3], "the last of the same measurement"
-    assert lines(tmp_path / "y.jsonl")[0]["p50_ms"] == 2
+    assert [row["p50_ms"] for row in lines(tmp_path / "linear.jsonl")] == [3], "the last of the same measurement"
+    assert lines(tmp_path / "conv3x3.jsonl")[0]["p50_ms"] == 2
     monkeypatch.setattr(sys, "argv", ["rows", str(tmp_path / "none")])
     assert rows.main() == 2
 
@@ -656,3 +700,91 @@ def test_limits_are_reached_by_something() -> None:
     found = limits.measure("cpu")
     assert 1e9 < found.flops < 1e13
     assert 1e8 < found.bandwidth < 1e12
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf", "x"])
+def test_limits_must_be_numbers_above_zero(wrong: str, out: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command(out, "--limits", wrong, "1")
+    assert f"must be a number above 0, got '{wrong}'" in capsys.readouterr().err
+
+
+def test_no_share_of_a_limit_that_was_exceeded() -> None:
+    work = Work(10**9, 10**9, None)
+    assert run._rates(work, 1.0, Limits(2e9, 1e9), False)["percent_of_limit"] == 50
+    assert run._rates(work, 1.0, Limits(0.5e9, 1e9), False)["percent_of_limit"] is None
+
+
+def test_sigterm_ends_what_a_command_waits_for(tmp_path: Path) -> None:
+    """As Ctrl-C: its processes are not left at work."""
+    mark = tmp_path / "pid"
+    code = f"""
+import subprocess, sys
+from benchmarks.interrupts import terminable
+try:
+    with terminable():
+        subprocess.run(["sh", "-c", "echo $$ > {mark}; exec sleep 60"])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=verify.environment_of_tree())
+    try:
+        deadline = time.monotonic() + 60
+        while not (mark.exists() and mark.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+        status = Path(f"/proc/{mark.read_text().strip()}/status")
+        assert not status.exists() or "(zombie)" in status.read_text()  # of an init that reaps nobody
+    finally:
+        process.kill()
+
+
+def test_an_interrupted_part_is_in_the_summary(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "_run", interrupted)
+    assert suite.main(["cpu", "--part", "linear"]) == 130
+    assert re.search(r"linear: swin-t +interrupted, 0 s", capsys.readouterr().out)
+
+
+def test_a_part_that_hangs_has_failed(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(suite, "_run", lambda *_: suite.OVER)
+    assert suite.main(["cpu", "--part", "linear"]) == 1
+    assert "ended by force: it took over 32 s" in capsys.readouterr().out
+
+
+def test_rows_go_to_one_out_whatever_folder_a_part_runs_in(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUT", "mine")
+    suite.main(["cpu", "--part", "linear"])
+    assert os.environ["OUT"] == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"op": "nonsense"}', "is of no op that is known"),
+        ('{"op": null, "machine": {}}', "is of no op that is known"),
+        ('{"case": "x"}', "is of no op that is known"),
+        ('{"op": "../linear", "machine": {}}', "is of no op that is known"),
+        ('{"op": "linear", "machine": {}, "case": "x"}', "has no commit, dirty, dtype"),
+        ("\xff", "is no row of JSON"),
+    ],
+)
+def test_what_is_no_row_is_not_merged(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "came.jsonl").write_text(line + "\n")
+    monkeypatch.setattr(sys, "argv", ["rows", str(tmp_path / "came.jsonl")])
+    monkeypatch.setattr(rows, "save", lambda *_: pytest.fail("saved"))
+    assert rows.main() == 2
+    assert message in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_each_attention_gives_the_same_step(
     good, wrong = verify.contestants(problem, list(problem.names))
     assert (good, wrong) == (list(problem.names), {})
     kinds = problem.judged(problem.step("hugging face sdpa"))
-    assert {"loss", "query.weight", "head.weight", "grad mask_token", "projection.weight"} <= set(kinds)
+    assert {"loss", "grad query.weight", "grad head.weight", "grad mask_token"} <= set(kinds)
     assert all(bool(x.any()) for x in kinds.values()), "a gradient is zero: its parameter takes no part"
 
 

@@ -166,7 +166,7 @@ def _half_reasons(spec: Spec) -> list[str]:
 
 
 MASKED_LINEAR_CROSS_ENTROPY: dict[str, Baseline] = {
-    "recompute": Baseline(recompute, float_reasons, "bevt"),
+    "ours, recomputing": Baseline(recompute, float_reasons, "bevt"),
     "eager": Baseline(eager, float_reasons),
     "eager compiled": Baseline(eager_compiled, compile_reasons, compiles=True),
     "torch linear_cross_entropy": Baseline(torch_chunked, _torch_reasons, lacks="accuracy"),

@@ -114,13 +114,14 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
     start = time.monotonic()
     red = _red_tests(device, parts, seconds)
     limits = _limits(device) if any(part.op in OPS for part in parts) else []
+    pace = 1.0  # of this machine: times as long as the registry says
     for i, part in enumerate(parts):
         begun = time.monotonic()
         left = start + seconds - begun
         print(f"\n== {part.name} ({i + 1} of {len(parts)}, {begun - start:.0f} s in)", flush=True)
         if red.intersection(_tests(part.op)):
             outcome = "not measured: its tests are red"
-        elif left < part.seconds:
+        elif left < pace * part.seconds:
             outcome = "not measured: out of time"
         elif part.op in COMMANDS and not again and _has_rows(part.op):
             outcome = "has rows of this code and machine"
@@ -129,7 +130,7 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
             absent = {"op": part.op, "case": "all", "absent": outcome}
             rows.save(rows.path(part.op), [{**rows.environment(COMMANDS[part.op].device), **absent}])
         else:
-            most = min(left, 2 * part.seconds)  # one that hangs must not cost the others' time
+            most = min(left, 4 * part.seconds)  # one that hangs must not cost the others' time
             try:
                 outcome = _run(_command(part, device, again, most, limits), most + GRACE)
             except KeyboardInterrupt:
@@ -137,6 +138,7 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
                 raise
             if outcome == OVER and most < left:
                 outcome = f"ended by force: it took over {most + GRACE:.0f} s"
+            pace = max(pace, (time.monotonic() - begun) / part.seconds)
         outcomes.append((part, f"{outcome}, {time.monotonic() - begun:.0f} s"))
     return int(bool(red) or any(outcome.startswith("ended") for _, outcome in outcomes))
 

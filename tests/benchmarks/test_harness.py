@@ -757,7 +757,17 @@ def test_a_part_that_hangs_has_failed(
 ) -> None:
     monkeypatch.setattr(suite, "_run", lambda *_: suite.OVER)
     assert suite.main(["cpu", "--part", "linear"]) == 1
-    assert "ended by force: it took over 32 s" in capsys.readouterr().out
+    assert "ended by force: it took over 34 s" in capsys.readouterr().out
+
+
+def test_on_a_slow_machine_no_part_is_begun_in_vain(parts: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first took twice as long as the registry says, so the second will not fit."""
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(suite, "_run", lambda *_: now.__setitem__(0, now[0] + 20) or "done")
+    outcomes: list[tuple[Part, str]] = []
+    suite.measure("cpu", [Part("linear", "swin-t", 10), Part("conv3x3", "dalle", 10)], True, 35, outcomes)
+    assert [outcome for _, outcome in outcomes] == ["done, 20 s", "not measured: out of time, 0 s"]
 
 
 def test_rows_go_to_one_out_whatever_folder_a_part_runs_in(

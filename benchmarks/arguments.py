@@ -10,6 +10,7 @@ from pathlib import Path
 import bevt_kernels
 
 from benchmarks import rows, verify
+from bevt.data.processes import cores
 
 
 def positive(text: str) -> int:
@@ -21,9 +22,9 @@ def positive(text: str) -> int:
 
 def threads(text: str) -> int:
     """As many as there are cores, or fewer: more wait for each other's turn, for minutes."""
-    found, cores = positive(text), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores and found > cores:
-        raise argparse.ArgumentTypeError(f"must be at most the {cores} cores of this machine, got {found}")
+    found = positive(text)
+    if found > cores():
+        raise argparse.ArgumentTypeError(f"must be at most the {cores()} cores of this machine, got {found}")
     return found
 
 

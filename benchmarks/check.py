@@ -276,10 +276,10 @@ def committed_rows(dirty: bool | None = False) -> list[rows.Row]:
     return [row for row in found if row.get("dirty", True) is dirty]
 
 
-def base_commit(committed: Sequence[rows.Row], machine: rows.Row, without_git: Sequence[rows.Row] = ()) -> str:
+def base_commit(committed: Sequence[rows.Row], machine: rows.Row) -> str:
     """The newest commit that this repository has and that has rows of machines like `machine`.
 
-    Raises Unusable, with the classes there are, where none has; it says so where `without_git` has some.
+    Raises Unusable, with the classes there are, where none has; it says so where rows of trees without git are.
     """
     by_class: dict[tuple[Any, ...], set[str]] = {}
     for row in committed:
@@ -297,7 +297,7 @@ def base_commit(committed: Sequence[rows.Row], machine: rows.Row, without_git: S
         raise Unusable(f"no commit that has rows of such a machine can be a base: {unknown}; or name one: --base REV")
     if not known:
         listed = "\n".join(f"  {_class_words(where)}" for where in by_class)
-        here = any(machine_class(row.get("machine")) == mine for row in without_git)
+        here = any(machine_class(row.get("machine")) == mine for row in committed_rows(None))
         why = "rows of this class are of trees without git: " if here else ""
         raise Unusable(
             f"no committed rows of a commit of this repository are from a machine of this class "
@@ -348,7 +348,7 @@ def against(base: str, args: argparse.Namespace) -> int:
     """Compare with a commit; returns the exit code. Raises Unusable and GateClosed."""
     cases = chosen(args.device, args.op, args.case)
     environment = rows.environment(args.device)
-    of = trees.commit(base) if base else base_commit(committed_rows(), environment["machine"], committed_rows(None))
+    of = trees.commit(base) if base else base_commit(committed_rows(), environment["machine"])
     if args.device == "cpu":
         if why := trees.stale():
             raise Unusable(why)
@@ -428,7 +428,7 @@ def ratios(cases: Sequence[Key], seconds: float) -> int:
     """Ours and eager in turns, in this process; returns the exit code. Raises Unusable and GateClosed."""
     if not native.loaded():
         raise Unusable(f"the native library: {native.status()}")
-    committed, machine = committed_rows(), rows.environment("cpu")["machine"]
+    committed, machine = committed_rows(), rows.machine("cpu")
     lines = [("case", "eager ms", "ours ms", "eager / ours", "floor", "rows of", "verdict")]
     below = []
     built = []

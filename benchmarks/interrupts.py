@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +10,6 @@ from contextlib import contextmanager
 @contextmanager
 def terminable() -> Iterator[None]:
     """Within it SIGTERM raises KeyboardInterrupt, at which `subprocess.run` ends what it waits for."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -149,12 +149,12 @@ def _pictures(rows: list[Row]) -> Iterator[str]:
     there = plots.pictures(rows)
     for gpu in (False, True):
         here = [row for row in rows if bool(row["machine"].get("gpu")) == gpu]
-        machine, names = "", dict[str, str]()
-        for row in sorted(here, key=lambda row: row["date"]):
-            all_names = {kind: plots.file_name(runs.machine(row), kind) for kind in plots.KINDS}
-            found = {kind: name for kind, name in all_names.items() if name in there}
-            if found and len(found) >= len(names):
-                machine, names = runs.machine(row), found
+        last_first = map(runs.machine, sorted(here, key=lambda row: row["date"])[::-1])
+        drawn = {
+            machine: {kind: name for kind in plots.KINDS if (name := plots.file_name(machine, kind)) in there}
+            for machine in dict.fromkeys(last_first)
+        }
+        machine, names = max(drawn.items(), key=lambda item: len(item[1]), default=("", {}))
         for kind in EMBEDDED:
             if kind in names:
                 yield f"![{plots.KINDS[kind].title}; {machine}](benchmarks/plots/{names[kind]})\n"

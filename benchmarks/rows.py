@@ -21,6 +21,7 @@ import torch
 from benchmarks import verify
 from benchmarks.registry import OPS, PARTS
 from benchmarks.tables import aligned
+from bevt.data.processes import cores
 
 Row = dict[str, Any]
 
@@ -40,7 +41,9 @@ PEERS = (
 )
 """Distributions whose versions rows have, where they are installed."""
 
-KEY = ("commit", "dirty", "machine", "op", "case", "dtype", "contestant", "quantity", "threads")
+CASE = ("commit", "dirty", "machine", "op", "case")
+"""What every row says, times or not."""
+KEY = (*CASE, "dtype", "contestant", "quantity", "threads")
 """A new row takes the place of one that agrees in these; all others stay."""
 
 
@@ -106,7 +109,7 @@ def environment(device: str) -> Row:
         "tree": verify.tree(*MEASURED),
         "date": now.strftime("%Y-%m-%d"),
         "run": now.strftime("%H:%M:%S"),
-        "machine": _machine(device),
+        "machine": machine(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -129,19 +132,19 @@ def _cpu() -> str:
     return told["model name"].strip() + numbers
 
 
-def _machine(device: str) -> Row:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine: Row = {
+def machine(device: str) -> Row:
+    """Of this machine what times depend on."""
+    found: Row = {
         "cpu": _cpu(),
-        "cores": cores,
+        "cores": cores(),
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
     if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        found["gpu"] = torch.cuda.get_device_name()
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        machine["driver"] = driver.splitlines()[0] if driver else None
-    return machine
+        found["driver"] = driver.splitlines()[0] if driver else None
+    return found
 
 
 def _clocks(device: str) -> Row | None:
@@ -184,7 +187,7 @@ def save(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = {_key(row) for row in rows}
     if not all("absent" in row for row in rows):
-        new |= {_key({**row, **dict.fromkeys(KEY[5:]), "case": "all"}) for row in rows}
+        new |= {_key({**{name: row.get(name) for name in CASE}, "case": "all"}) for row in rows}
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -265,7 +268,7 @@ def main() -> int:
     try:
         came = [row for file in files for row in read(file)]
         for row in came:
-            needed = (*KEY, "date", "device", "p50_ms") if row.get("op") in OPS and "absent" not in row else KEY[:5]
+            needed = (*KEY, "date", "device", "p50_ms") if row.get("op") in OPS and "absent" not in row else CASE
             lacks = [key for key in needed if key not in row]
             if row.get("op") not in ops or lacks:
                 what = f"has no {', '.join(lacks)}" if lacks and row.get("op") in ops else "is of no op that is known"

@@ -35,6 +35,7 @@ ROUNDS = {"cpu": 3.0, "cuda": 1.0}
 IMPLEMENTATION = {"cpu": "native", "cuda": "triton"}
 """Of ours; the plain PyTorch rival of a kernel is "eager", our own reference is for tests."""
 OVER = "out of time"
+"""What is said of a part that was not begun, or did not end, for that."""
 GRACE = 30.0
 """What a part may take beyond its limit before it is stopped: a limit is looked at between cases."""
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{'part':50}outcome")
     print("\n".join(f"{part.name:50}{outcome}" for part, outcome in outcomes))
     print(f"rows: benchmarks/results; {time.monotonic() - start:.0f} s in all")
-    if code == 130 or any("out of time" in outcome for _, outcome in outcomes):
+    if code == 130 or any(OVER in outcome for _, outcome in outcomes):
         print("begun again, it goes on with what is left (--time-limit for more at a time)")
     return code
 
@@ -122,7 +123,7 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
         if red.intersection(_tests(part.op)):
             outcome = "not measured: its tests are red"
         elif left < pace * part.seconds:
-            outcome = "not measured: out of time"
+            outcome = f"not measured: {OVER}"
         elif part.op in COMMANDS and not again and _has_rows(part.op):
             outcome = "has rows of this code and machine"
         elif missing := [name for name in _needs(part.op) if importlib.util.find_spec(name) is None]:

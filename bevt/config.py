@@ -144,6 +144,9 @@ class DataConfig:
     """The short side is resized (bicubic) to a length drawn uniformly from this range, in pixels."""
     crop: int = 224
     """Side of the square random crop, in pixels; a multiple of 32."""
+    crop_area: tuple[float, float] = (0.0, 0.0)
+    """RandomResizedCrop in place of `short_side` in training: the crop covers a share of the frame's area that is drawn
+    uniformly from this range, at an aspect of 3/4 to 4/3. (0, 0): not so."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.4
@@ -189,8 +192,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Batches, precision, and what is written when."""
+class BatchConfig:
+    """Batches, precision, and what is written when: of every kind of training."""
 
     clips: int = 256
     """Clips in one optimizer step over all devices; 0: no video stream."""
@@ -200,20 +203,13 @@ class TrainConfig:
     """Clips in one forward pass of one device; accumulation follows from it and from the number of devices."""
     micro_images: int = 64
     """Images in one forward pass of one device."""
-    loss_weight: float = 1.0
-    """Lambda: weight of the video stream's loss against the image stream's."""
     precision: Literal["float64", "float32", "bfloat16"] = "bfloat16"
     """Type of the matrix products. `bfloat16` is autocast's: parameters, norms and losses stay float32. `float64`, for
     checking numerics, is the model's, with plain PyTorch for its kernels; the tokenizer has a key of its own."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether torch.compile fuses what surrounds the kernels. `auto`: yes on CUDA, else no."""
-    cuda_graphs: bool = False
-    """Replay the compiled encoder's launches as CUDA graphs (not yet run on a GPU)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes: `ddp` keeps the model whole in each, `fsdp` (FSDP2) shards it, its gradients and moments."""
-    memory_budget: float = 0.0
-    """GiB of one device: blocks are run again in the backward pass, as few as keep the predicted peak below it (`bevt
-    budget`). 0: none."""
     seed: int = 0
     """Everything random in the run follows from it and the step."""
     log_every: int = 20
@@ -224,6 +220,19 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     threads: int = 0
     """CPU threads of the training process; 0 leaves PyTorch's choice."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(BatchConfig):
+    """Batches, precision, and what is written when."""
+
+    loss_weight: float = 1.0
+    """Lambda: weight of the video stream's loss against the image stream's."""
+    cuda_graphs: bool = False
+    """Replay the compiled encoder's launches as CUDA graphs (not yet run on a GPU)."""
+    memory_budget: float = 0.0
+    """GiB of one device: blocks are run again in the backward pass, as few as keep the predicted peak below it (`bevt
+    budget`). 0: none."""
     eval_clips: int = 64
     """Held-out clips scored at the end (0: none)."""
     eval_images: int = 256
@@ -248,6 +257,99 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The classes, and what is trained on top of the encoder."""
+
+    classes: str = ""
+    """Names of the classes: a text file with one a line, the first is class 0 (also `number,name`, or SSv2's
+    labels.json). Empty: the labels of the training files, numbers as they are, names in alphabetical order."""
+    dropout: float = 0.5
+    """Dropout before the linear head."""
+    probes: tuple[Literal["linear", "attentive"], ...] = ()
+    """Heads that are trained on frozen features, all in one pass, each at every rate of `probe_lrs`; `linear`: on the
+    mean over all tokens, `attentive`: cross-attention of one learned query. Empty: one linear head, and all weights are
+    trained."""
+    probe_lrs: tuple[float, ...] = (1.0, 0.3, 0.1)
+    """Learning rates of the probes, times `optim.lr`."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training samples on the device, alike for all frames of a clip."""
+
+    rand_augment: int = 0
+    """Operations of RandAugment (arXiv 1909.13719) that each sample goes through; 0: none."""
+    magnitude: int = 7
+    """Their strength, 0 to 30."""
+    erasing: float = 0.0
+    """Probability of random erasing (arXiv 1708.04896)."""
+    label_smoothing: float = 0.0
+    """Share of a target's weight that is spread over all classes."""
+    mixup: float = 0.0
+    """Alpha of mixup (arXiv 1710.09412) between the samples of a pair; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (arXiv 1905.04899) likewise; with both, each pair takes one of them."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW, its schedule, and each layer's share of the rate."""
+
+    layer_decay: float = 1.0
+    """Each layer's rate over that of the next: the head has `lr`, the final norm this share of it, then every block and
+    every merging down to the patch embedding one rung each."""
+    backbone_factor: float = 1.0
+    """Rate of everything but the head over `lr`."""
+    schedule: Literal["step", "epoch"] = "step"
+    """The cosine falls at every step, or at the beginning of every epoch."""
+    ema: float = 0.0
+    """Share of the averaged weights that a step keeps; the average is what is tested. 0: no average."""
+
+
+@dataclass(frozen=True)
+class FinetuneTrainConfig(BatchConfig):
+    """Batches, precision, and what is written when."""
+
+    eval_every: float = 5.0
+    """Epochs between two evaluations on the held-out files, one view each; one is always made at the end."""
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """The views whose softmax outputs are averaged for each file."""
+
+    __test__ = False  # pytest would take it for tests
+
+    clips: int = 4
+    """Clips, evenly spaced in time (images: 1)."""
+    crops: int = 3
+    """Square crops along the longer side."""
+    memory: float = 4.0
+    """GiB that a forward pass may take by prediction; as many views as fit go through together."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One run that learns classes: of videos, or of images where `train.clips` is 0."""
+
+    recipe: str = "custom"
+    """Name of the recipe this came from."""
+    init: str = ""
+    """What the run starts from: a checkpoint of this project (any stage), or a file of weights by the names of official
+    BEVT, Video Swin, Swin, MoBY or torchvision; empty: random weights."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+
+
+AnyConfig = Config | FinetuneConfig
 
 
 def tokenizer_settings(config: Config) -> TokenizerConfig:
@@ -327,14 +429,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 def check(config: Config) -> None:
     """Raise ConfigError where the configuration cannot be run, naming the key. Touches no file."""
     m, d, t, o = config.model, config.data, config.train, config.optim
-    check_frames(config)
-    if not len(m.depths) == len(m.num_heads) == 4:
-        raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
-    for i, heads in enumerate(m.num_heads):
-        if heads < 1 or (m.embed_dim << i) % heads:
-            raise ConfigError(
-                f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
-            )
+    _check_run(config)
     side, (_, wh, ww) = d.crop // 32, m.window_size  # stage 4's map; the others are 2, 4 and 8 times as large
     if m.quirks == "official" and t.images and (side % wh or side % ww):
         raise ConfigError(
@@ -342,14 +437,6 @@ def check(config: Config) -> None:
             f"must be a multiple of model.window_size {wh}x{ww}, which the official code never pads or clips (224 for "
             "7x7); set quirks to 'clean'"
         )
-    if t.clips + t.images == 0:
-        raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
-    for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):
-        if getattr(t, stream) and not getattr(d, stream):
-            raise ConfigError(
-                f"data.{stream} is empty but train.{stream} is not 0: "
-                f"name a folder of {what}, or set train.{stream} to 0"
-            )
     if t.images and config.image_mask.kind != "block":
         raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
     if t.clips and config.clip_mask.kind == "block":
@@ -380,20 +467,66 @@ def check(config: Config) -> None:
         for key, chosen in fused.items():
             if chosen:
                 raise ConfigError(f"{key} has no meaning with path 'reference', which is plain PyTorch: leave it out")
-    if o.impl == "apex" and t.parallel == "fsdp":
-        raise ConfigError("optim.impl 'apex' knows no shards: leave it at 'torch', or train.parallel at 'ddp'")
-    if o.impl == "apex" and t.precision == "float64":
-        raise ConfigError("optim.impl 'apex' serves float32 parameters, not train.precision 'float64'")
     if t.cuda_graphs and (t.parallel == "fsdp" or t.memory_budget):
         other = "train.parallel 'fsdp'" if t.parallel == "fsdp" else "train.memory_budget"
         raise ConfigError(f"train.cuda_graphs cannot be combined with {other}: take one of them")
     if t.cuda_graphs and t.compile == "no":
         raise ConfigError("train.cuda_graphs needs the compiled encoder: set train.compile to 'yes' or 'auto'")
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """`check` for a run that learns classes."""
+    d, t, h, a = config.data, config.train, config.head, config.augment
+    _check_run(config)
+    if t.clips and t.images:
+        raise ConfigError("train.clips and train.images: classes are learned of one stream, set one of them to 0")
+    stream = "clips" if t.clips else "images"
+    for key in ("views", "image_source"):
+        if getattr(d, key) != getattr(DataConfig, key):
+            raise ConfigError(f"data.{key} has no meaning where classes are learned: leave it out")
+    if (a.mixup or a.cutmix) and getattr(t, f"micro_{stream}") % 2:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix mix the samples of a pair: train.micro_{stream} = "
+            f"{getattr(t, f'micro_{stream}')} must be even"
+        )
+    if a.magnitude > 30:
+        raise ConfigError(f"augment.magnitude must be at most 30, got {a.magnitude}")
+    if h.probes and not h.probe_lrs:
+        raise ConfigError("head.probe_lrs is empty: head.probes needs at least one rate")
+    if h.probes and config.optim.ema:
+        raise ConfigError("optim.ema has no meaning with head.probes: leave it at 0")
+    if config.model.loss_impl != "auto":
+        raise ConfigError("model.loss_impl is the masked-token loss's, which learns no classes: leave it out")
+
+
+def _check_run(config: AnyConfig) -> None:
+    """What every training needs."""
+    m, d, t, o = config.model, config.data, config.train, config.optim
+    check_frames(config)
+    if not len(m.depths) == len(m.num_heads) == 4:
+        raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
+    for i, heads in enumerate(m.num_heads):
+        if heads < 1 or (m.embed_dim << i) % heads:
+            raise ConfigError(
+                f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
+            )
+    if t.clips + t.images == 0:
+        raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
+    for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):
+        if getattr(t, stream) and not getattr(d, stream):
+            raise ConfigError(
+                f"data.{stream} is empty but train.{stream} is not 0: "
+                f"name a folder of {what}, or set train.{stream} to 0"
+            )
+    if o.impl == "apex" and t.parallel == "fsdp":
+        raise ConfigError("optim.impl 'apex' knows no shards: leave it at 'torch', or train.parallel at 'ddp'")
+    if o.impl == "apex" and t.precision == "float64":
+        raise ConfigError("optim.impl 'apex' serves float32 parameters, not train.precision 'float64'")
     if o.warmup_epochs > o.epochs:
         raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
 
 
-def check_frames(config: Config) -> None:
+def check_frames(config: AnyConfig) -> None:
     """The part of `check` that matters where frames are read without a model, as for fitting a tokenizer."""
     d = config.data
     _check_ranges(config)
@@ -403,11 +536,13 @@ def check_frames(config: Config) -> None:
         raise ConfigError(
             f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
         )
+    if d.crop_area != (0, 0) and not 0 < d.crop_area[0] <= d.crop_area[1] <= 1:
+        raise ConfigError(f"data.crop_area must be a range above 0 and up to 1, or (0, 0) for none, got {d.crop_area}")
     if d.frames % 2:
         raise ConfigError(f"data.frames must be even (a token spans two frames), got {d.frames}")
 
 
-def _check_ranges(config: Config) -> None:
+def _check_ranges(config: AnyConfig) -> None:
     """Raise ConfigError for the first number that lies outside what its key can mean."""
     m, d, t, o = config.model, config.data, config.train, config.optim
     above_zero = {
@@ -437,25 +572,47 @@ def _check_ranges(config: Config) -> None:
         "optim.max_steps": o.max_steps,
         "train.clips": t.clips,
         "train.images": t.images,
-        "train.loss_weight": t.loss_weight,
         "train.threads": t.threads,
-        "train.memory_budget": t.memory_budget,
         "train.seed": t.seed,
-        "train.eval_clips": t.eval_clips,
-        "train.eval_images": t.eval_images,
     }
     shares = {"data.flip": d.flip, "data.jitter": d.jitter, "optim.warmup_factor": o.warmup_factor}
     below_one = {"model.drop_path": m.drop_path, "optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1]}
-    for name, mask in (("clip_mask", config.clip_mask), ("image_mask", config.image_mask)):
-        above_zero |= {
-            f"{name}.min_block": mask.min_block,
-            f"{name}.ratio": mask.ratio,
-            f"{name}.tube[0]": mask.tube[0],
+    if isinstance(config, Config):
+        zero_or_above |= {
+            f"train.{name}": getattr(config.train, name)
+            for name in ("loss_weight", "memory_budget", "eval_clips", "eval_images")
         }
-        above_zero[f"{name}.min_aspect"] = mask.min_aspect
-        shares |= {f"{name}.ratio": mask.ratio, f"{name}.min_aspect": mask.min_aspect, f"{name}.tube[1]": mask.tube[1]}
-        if mask.tube[1] < mask.tube[0]:
-            raise ConfigError(f"{name}.tube must be a range, got {mask.tube}")
+        for name, mask in (("clip_mask", config.clip_mask), ("image_mask", config.image_mask)):
+            above_zero |= {
+                f"{name}.min_block": mask.min_block,
+                f"{name}.ratio": mask.ratio,
+                f"{name}.tube[0]": mask.tube[0],
+            }
+            above_zero[f"{name}.min_aspect"] = mask.min_aspect
+            shares |= {
+                f"{name}.ratio": mask.ratio,
+                f"{name}.min_aspect": mask.min_aspect,
+                f"{name}.tube[1]": mask.tube[1],
+            }
+            if mask.tube[1] < mask.tube[0]:
+                raise ConfigError(f"{name}.tube must be a range, got {mask.tube}")
+    else:
+        h, a, p = config.head, config.augment, config.optim
+        above_zero |= {f"test.{name}": getattr(config.test, name) for name in ("clips", "crops", "memory")}
+        above_zero |= {f"head.probe_lrs[{i}]": rate for i, rate in enumerate(h.probe_lrs)}
+        above_zero |= {
+            "optim.layer_decay": p.layer_decay,
+            "optim.backbone_factor": p.backbone_factor,
+            "train.eval_every": config.train.eval_every,
+        }
+        zero_or_above |= {
+            f"augment.{name}": getattr(a, name) for name in ("rand_augment", "magnitude", "mixup", "cutmix")
+        }
+        shares |= {
+            "augment.erasing": a.erasing,
+            "optim.layer_decay": p.layer_decay,
+        }
+        below_one |= {"head.dropout": h.dropout, "augment.label_smoothing": a.label_smoothing, "optim.ema": p.ema}
     rules: tuple[tuple[dict[str, float], str, Callable[[float], bool]], ...] = (
         (above_zero, "above 0", lambda x: x > 0),
         (zero_or_above, "0 or above", lambda x: x >= 0),

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +23,11 @@ import tyro
 
 from bevt.config import (
     SIZES,
+    AnyConfig,
     Config,
     ConfigError,
     DataConfig,
+    FinetuneConfig,
     Size,
     TokenizerConfig,
     TrainConfig,
@@ -38,8 +40,10 @@ from bevt.train.slurm import SlurmOptions, launch
 
 if TYPE_CHECKING:
     from bevt.data.manifest import Manifest
+    from bevt.train.loop import RunResult
 
 T = TypeVar("T")
+C = TypeVar("C", bound=AnyConfig)
 
 STOPPED = 3
 """Exit status of a run that a signal stopped, with a checkpoint: neither done nor failed."""
@@ -48,7 +52,10 @@ USAGE = """usage: bevt COMMAND ...
 
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
   pretrain RECIPE         run a pretraining recipe; without one, list them
-  slurm RECIPE            the same as a job of a Slurm cluster: many machines, requeued until it has finished
+  finetune RECIPE         learn classes, from pretrained weights; or train probes on frozen ones
+  test RECIPE CHECKPOINT  classify held-out files by several views each: scores, classes, confusion
+  predict VIDEO           what a finetuned model takes a file for, with a picture
+  slurm RECIPE            pretrain or finetune as a job of a Slurm cluster: many machines, requeued until finished
   tokenizer fit           train a VQ tokenizer on your own images or clips
   tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
@@ -83,6 +90,58 @@ class PretrainArgs:
 
 
 @dataclass(frozen=True)
+class FinetuneArgs(PretrainArgs):
+    """Learn classes by a recipe. Every key of its configuration can be overridden.
+
+    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there (0 under
+    torchrun, which would start it again).
+    """
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class TestArgs:
+    """Classify the held-out files of a finetuned model by several views each. Under torchrun the processes share them.
+
+    Of a checkpoint of this project the configuration is its own, else the recipe's; every key can be overridden.
+    """
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder for scores.json, classes.csv and confusion.png; default: `test` in the run's folder."""
+    dump: Path | None = None
+    """Parquet file to write: every view's softmax outputs (`pip install 'bevt[parquet]'`)."""
+    temporal: bool = False
+    """Classify each clip also with one frame repeated, with its frames shuffled, and reversed: how much the model
+    depends on time (the paper's Table 2)."""
+
+
+@dataclass(frozen=True)
+class FromDumpArgs:
+    """Score the outputs that an earlier `bevt test --dump FILE` wrote."""
+
+    from_dump: Path
+    """The parquet file."""
+    out: Path | None = None
+    """Folder for scores.json, classes.csv and confusion.png; default: beside the dump."""
+
+
+@dataclass(frozen=True)
+class PredictArgs:
+    """What a finetuned model takes a video or image for."""
+
+    file: tyro.conf.Positional[Path]
+    """The video (or image, of a model of images)."""
+    checkpoint: Path
+    """Of a finetuned model."""
+    top: int = 5
+    """Classes that are named."""
+    out: Path | None = None
+    """Picture to write: a strip of frames, and the classes; default: the file's name with .png, here."""
+
+
+@dataclass(frozen=True)
 class SlurmArgs(PretrainArgs):
     """Submit `bevt pretrain` of a recipe to Slurm: one process a GPU, restarted where one dies, queued again where the
     time is over. Every key of the configuration can be overridden.
@@ -91,6 +150,15 @@ class SlurmArgs(PretrainArgs):
     """
 
     job: Annotated[SlurmOptions, tyro.conf.arg(name="")] = field(default_factory=SlurmOptions)
+
+
+@dataclass(frozen=True)
+class SlurmFinetuneArgs(FinetuneArgs, SlurmArgs):
+    """Submit `bevt finetune` of a recipe to Slurm: one process a GPU, restarted where one dies, queued again where the
+    time is over. Every key of the configuration can be overridden.
+
+    Exit status 0: submitted.
+    """
 
 
 @dataclass(frozen=True)
@@ -233,21 +301,19 @@ def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None
     return cast(T, tyro.cli(args_type, args=list(argv), prog=prog, default=default))
 
 
-def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
+def _recipe(argv: list[str], command: str, recipes: Mapping[str, Callable[[], C]]) -> tuple[C, list[str]]:
     """The recipe that the first argument names, and the other arguments."""
-    from bevt.recipes import RECIPES
-
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: bevt {command} RECIPE --help | --KEY VALUE ...\n\nrecipes:")
-        for name, recipe in RECIPES.items():
+        for name, recipe in recipes.items():
             print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
         raise SystemExit(0 if argv else 2)
-    if argv[0] not in RECIPES:
-        near = nearest(argv[0], RECIPES)
-        raise ConfigError(f"no recipe {argv[0]!r}; the nearest is {near!r}, and there are {', '.join(RECIPES)}")
-    config, rest = RECIPES[argv[0]](), argv[1:]
+    if argv[0] not in recipes:
+        near = nearest(argv[0], recipes)
+        raise ConfigError(f"no recipe {argv[0]!r}; the nearest is {near!r}, and there are {', '.join(recipes)}")
+    config, rest = recipes[argv[0]](), argv[1:]
     if {"-h", "--help"} & set(rest):
-        print(f"{inspect.getdoc(RECIPES[argv[0]])}\n")
+        print(f"{inspect.getdoc(recipes[argv[0]])}\n")
     for flag, size in pairwise(" ".join(rest).replace("=", " ").split()):
         if flag == "--size" and size in SIZES:  # before the keys are read, so that one of them can still change it
             config = replace(config, model=resized(config.model, cast(Size, size)))
@@ -255,15 +321,33 @@ def _recipe(argv: list[str], command: str) -> tuple[Config, list[str]]:
 
 
 def _pretrain(argv: list[str]) -> int:
-    default, rest = _recipe(argv, "pretrain")
+    from bevt.recipes import RECIPES
+
+    default, rest = _recipe(argv, "pretrain", RECIPES)
     args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
+    from bevt.train.pretrain import pretrain
+
+    return _trained(lambda: pretrain(args.config, args.out, resume=args.resume, profile=args.profile))
+
+
+def _finetune(argv: list[str]) -> int:
+    from bevt.recipes import FINETUNE_RECIPES
+
+    default, rest = _recipe(argv, "finetune", FINETUNE_RECIPES)
+    args = _parse(FinetuneArgs, rest, f"bevt finetune {argv[0]}", FinetuneArgs(out=tyro.MISSING, config=default))
+    from bevt.train.finetune import finetune
+
+    return _trained(lambda: finetune(args.config, args.out, resume=args.resume, profile=args.profile))
+
+
+def _trained(train: Callable[[], RunResult]) -> int:
+    """Run a training; its exit status."""
     from bevt.data.processes import stop_with_parent
-    from bevt.train.loop import pretrain
 
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
         stop_with_parent()
-    result = pretrain(args.config, args.out, resume=args.resume, profile=args.profile)
+    result = train()
     if os.environ.get("RANK", "0") == "0":
         how = "finished" if result.finished else "stopped, to be continued with --resume,"
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
@@ -274,10 +358,57 @@ def _pretrain(argv: list[str]) -> int:
     return 0 if result.finished else STOPPED
 
 
+def _test(argv: list[str]) -> int:
+    if any(word.split("=")[0] in ("--from-dump", "--from_dump") for word in argv):
+        args = _parse(FromDumpArgs, argv, "bevt test")
+        from bevt.evaluate.checkpoints import report
+        from bevt.evaluate.predictions import Predictions
+
+        print(report({"normal": Predictions.load(args.from_dump)}, args.out or args.from_dump.with_suffix(".scores")))
+        return 0
+    from bevt.recipes import FINETUNE_RECIPES
+
+    default, rest = _recipe(argv, "test", FINETUNE_RECIPES)
+    asks = bool({"-h", "--help"} & set(rest))
+    if not asks and (not rest or rest[0].startswith("-")):
+        raise ConfigError(f"name the model: bevt test {argv[0]} CHECKPOINT --KEY VALUE ...")
+    from bevt.evaluate.checkpoints import score, tested_config
+
+    path = Path(rest[0])
+    config = default if asks else tested_config(path, default)
+    prog = f"bevt test {argv[0]} CHECKPOINT"
+    given = _parse(TestArgs, rest if asks else rest[1:], prog, TestArgs(config=config))
+    text = score(path, given.config, out=given.out, dump=given.dump, temporal=given.temporal)
+    if text:  # of the first process
+        print(text)
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
+    args = _parse(PredictArgs, argv, "bevt predict")
+    from bevt.evaluate.checkpoints import predict
+
+    if args.top < 1:
+        raise ConfigError(f"--top must be above 0, got {args.top}")
+    picture = args.out or Path(f"{args.file.stem}.png")
+    for name, probability in predict(args.checkpoint, args.file, picture, top=args.top):
+        print(f"{100 * probability:5.1f} %  {name}")
+    print(f"picture: {picture}")
+    return 0
+
+
 def _slurm(argv: list[str]) -> int:
-    default, rest = _recipe(argv, "slurm")
-    args = _parse(SlurmArgs, rest, f"bevt slurm {argv[0]}", SlurmArgs(out=tyro.MISSING, config=default))
-    _, words = tyro.cli(SlurmOptions, args=rest, return_unknown_args=True)  # those that `bevt pretrain` reads
+    from bevt.recipes import FINETUNE_RECIPES, RECIPES
+
+    recipes: dict[str, Callable[[], AnyConfig]] = {**RECIPES, **FINETUNE_RECIPES}
+    default, rest = _recipe(argv, "slurm", recipes)
+    args: SlurmArgs
+    if isinstance(default, Config):
+        args = _parse(SlurmArgs, rest, f"bevt slurm {argv[0]}", SlurmArgs(out=tyro.MISSING, config=default))
+    else:
+        blank = SlurmFinetuneArgs(out=tyro.MISSING, config=default)
+        args = _parse(SlurmFinetuneArgs, rest, f"bevt slurm {argv[0]}", blank)
+    _, words = tyro.cli(SlurmOptions, args=rest, return_unknown_args=True)  # those that the run itself reads
     print(launch(args.config, args.job, args.out, [argv[0], *words], resume=args.resume))
     return 0
 
@@ -425,7 +556,9 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
 
 
 def _budget(argv: list[str]) -> int:
-    default, rest = _recipe(argv, "budget")
+    from bevt.recipes import RECIPES
+
+    default, rest = _recipe(argv, "budget", RECIPES)
     args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
     from bevt.budget import budget
 
@@ -445,6 +578,9 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("pretrain",): _pretrain,
+    ("finetune",): _finetune,
+    ("test",): _test,
+    ("predict",): _predict,
     ("slurm",): _slurm,
     ("tokenizer", "fit"): _tokenizer_fit,
     ("tokenizer", "check"): _tokenizer_check,

@@ -20,7 +20,7 @@ from bevt.data import shapes
 from bevt.data.processes import cores
 from bevt.recipes.demo import demo_image_stage, demo_joint_stage
 from bevt.tokenizers.vq import VQConfig
-from bevt.train.loop import pretrain
+from bevt.train.pretrain import pretrain
 from bevt.train.tokenizer import fit_tokenizer
 
 T = TypeVar("T")

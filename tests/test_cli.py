@@ -20,7 +20,7 @@ from bevt.cli import main
 from bevt.data import shapes
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-from bevt.train import loop
+from bevt.train import pretrain
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -134,7 +134,7 @@ def test_the_joint_stage_at_full_size_on_real_clips(run: Run, real_folders: tupl
 
 def test_exit_status_of_a_stopped_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3; under torchrun, which would start it again, 0."""
-    monkeypatch.setattr(loop, "pretrain", lambda *_, **__: loop.RunResult(3, 10, tmp_path / "a", {}))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pretrain.RunResult(3, 10, tmp_path / "a", {}))
     status, out, _ = run("pretrain", "joint_stage", "--out", tmp_path)
     assert (status, out) == (3, f"stopped, to be continued with --resume, at step 3 of 10: {tmp_path / 'a'}\n")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

@@ -18,8 +18,8 @@ from bevt.config import SIZES, Config, DataConfig, MaskConfig, Size, check, resi
 from bevt.models.bevt import MaskedInput
 from bevt.recipes import RECIPES
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-from bevt.train.loop import build_model
 from bevt.train.optim import total_steps
+from bevt.train.pretrain import build_model
 
 PAPER = [name for name in RECIPES if not name.startswith("demo")]
 

@@ -134,7 +134,7 @@ class TrainingStep(Model):
 
     def _trainer(self, config: Config, cache: str = "") -> TrainStep:
         """What steps a seeded model; `cache`: with a token cache of that name, which is empty at first."""
-        from bevt.train.loop import build_model
+        from bevt.train.pretrain import build_model
 
         device, tokenizer, tokens = torch.device(self.device), self._tokenizer(config), None
         if cache:

@@ -51,6 +51,10 @@ class Batch:
     """(B,) int64 on the CPU: file number * `data.views` + view; None where views are not fixed."""
     image_slots: Tensor | None = None
     """(M,) int64 on the CPU, likewise."""
+    clip_labels: Tensor | None = None
+    """(B,) int64 on the CPU: numbers of the classes; -1: none."""
+    image_labels: Tensor | None = None
+    """(M,) int64 on the CPU, likewise."""
     clip_ids: tuple[str, ...] = ()
     """One per clip: `path@frame,frame,...`."""
     image_ids: tuple[str, ...] = ()

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bevt.config import Config, ConfigError, DataConfig
+from bevt.config import AnyConfig, Config, ConfigError, DataConfig, TrainConfig
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
 from bevt.data.check import changed
@@ -50,21 +52,40 @@ _log = logging.getLogger("bevt.data")
 
 
 def build_loader(
-    config: Config, *, rank: int = 0, world_size: int = 1, prefer: str = "", kept: bool = False
+    config: AnyConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    prefer: str = "",
+    kept: bool = False,
+    labels: np.ndarray | None = None,
 ) -> StepLoader:
     """The training data of one device, from step 0 on (`load_state_dict` continues elsewhere).
+
+    `labels`: class numbers of the one stream's files (`bevt.data.classes`), where classes are learned.
 
     A file that turns out unreadable is logged and listed in `Batch.bad`; those that the index knows already are in
     `unreadable`. `prefer` as in `choose_backend`, `kept` as in `probe_source`. Raises ConfigError where the batch sizes
     do not divide, the backend cannot serve or a mask does not fit the crop, DataError where a source holds nothing that
     can be read.
     """
-    return StepLoader(config, rank, world_size, prefer, kept)
+    return StepLoader(config, rank, world_size, prefer, kept, labels)
 
 
 def source_kind(data: DataConfig, stream: Stream) -> Kind:
     """What the files of a stream's source are: videos for images too, where those are frames of them."""
     return "clips" if stream == "images" and data.image_source == "frames" else stream
+
+
+def held_out_sources(config: AnyConfig) -> list[tuple[Kind, str]]:
+    """(kind of its files, path) of what a run will score."""
+    found = []
+    for stream in STREAMS:
+        source = getattr(config.data, f"val_{stream}")
+        scored = not isinstance(config.train, TrainConfig) or getattr(config.train, f"eval_{stream}")
+        if source and scored and getattr(config.train, stream):
+            found.append((source_kind(config.data, stream), source))
+    return found
 
 
 class Choice(NamedTuple):
@@ -98,7 +119,7 @@ def refusal(name: str, manifests: Iterable[Manifest]) -> str:
 
 
 def choose_backend(
-    config: Config, samplers: dict[Stream, Sampler], prefer: str = "", others: Iterable[Manifest] = ()
+    config: AnyConfig, samplers: dict[Stream, Sampler], prefer: str = "", others: Iterable[Manifest] = ()
 ) -> Choice:
     """The backend that `data.backend` names; for `auto` the fastest of those that can read these files.
 
@@ -148,7 +169,7 @@ def fastest(rates: Mapping[str, float], refusals: Mapping[str, str]) -> Choice:
     return Choice(max(able, key=lambda name: rates[name]), f"fastest on this data, samples a second: {listed}{unable}")
 
 
-def _trial(config: Config, samplers: dict[Stream, Sampler], backend: Backend) -> float:
+def _trial(config: AnyConfig, samplers: dict[Stream, Sampler], backend: Backend) -> float:
     """Samples a second that the backend decodes, for TRIAL_SECONDS after its first micro-batch."""
     sizes: dict[Stream, int] = {"clips": config.train.micro_clips, "images": config.train.micro_images}
 
@@ -186,17 +207,18 @@ class StepLoader:
     """Micro-batches in one optimizer step."""
     steps_per_epoch: float
 
-    def __init__(self, config: Config, rank: int, world_size: int, prefer: str, kept: bool) -> None:
+    def __init__(
+        self, config: AnyConfig, rank: int, world_size: int, prefer: str, kept: bool, labels: np.ndarray | None
+    ) -> None:
         self._rank, self._world_size = rank, world_size
         self.accumulation = accumulation(config, world_size)
-        self._masked: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
-        Masks(config, self._masked)  # raises here, not when the first batch is asked for
-        self._samplers = _samplers(config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept)
-        held_out = [
-            probe_source(source, source_kind(config.data, stream), kept=True)
-            for stream in self._masked
-            if (source := getattr(config.data, f"val_{stream}")) and getattr(config.train, f"eval_{stream}")
-        ]
+        self._streams: list[Stream] = [stream for stream in STREAMS if getattr(config.train, stream)]
+        Masks(config, self._streams)  # raises here, not when the first batch is asked for
+        self._samplers = _samplers(
+            config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept, labels=labels
+        )
+        self._labels = "" if labels is None else hashlib.sha256(labels.tobytes()).hexdigest()[:16]
+        held_out = [probe_source(source, kind, kept=True) for kind, source in held_out_sources(config)]
         self.choice = choose_backend(config, self._samplers, prefer, held_out)
         self.backend = self.choice.name
         settled = dataclasses.replace(config.data, backend=cast(Any, self.choice.name))
@@ -231,7 +253,7 @@ class StepLoader:
             self.config,
             self._samplers,
             self._plans(self._start),
-            self._masked,
+            self._streams,
             backend=make_backend(self.backend, self.config.data),
             named=self._named,
         )
@@ -270,6 +292,7 @@ class StepLoader:
     def views(self, stream: Stream) -> dict[str, Any]:
         """What decides a stream's fixed views, as JSON takes it: the files' names and sizes, the cut, the decoder."""
         keys = ["crop", "short_side", "flip", "views", "backend"]
+        keys += ["crop_area"] if self.config.data.crop_area[1] else []
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter", "image_source"]
         values = {f"data.{key}": getattr(self.config.data, key) for key in keys}
         return {"fingerprint of the files": self._samplers[stream].manifest.fingerprint(), **values}
@@ -285,6 +308,8 @@ class StepLoader:
             out[f"{stream} a step"] = getattr(self.config.train, stream)
             out[f"{stream} in the source"] = len(sampler) if sampler else 0
             out[f"fingerprint of the {stream}"] = sampler.manifest.fingerprint() if sampler else ""
+        if self._labels:
+            out["digest of the labels"] = self._labels
         return out
 
     def _plans(self, step: int) -> Iterator[Plan]:
@@ -405,8 +430,36 @@ def frame_batches(config: Config, batch_size: int, seed: int) -> Generator[Tenso
             yield torch.cat(parts if batch.images is None else [*parts, batch.images])
 
 
+def view_batches(
+    config: AnyConfig,
+    stream: Stream,
+    manifest: Manifest,
+    numbers: Sequence[int],
+    *,
+    clips: int,
+    crops: int,
+    files: int,
+    labels: np.ndarray | None = None,
+) -> Generator[Batch, None, None]:
+    """The test views (`Sampler.grid`) of the manifest's files `numbers`, in order: of `files` files in a batch, the
+    last one of what is left, each file's views together, clip by clip.
+
+    Raises DataError, when all are read, that lists the files that cannot be: nothing is replaced.
+    """
+    sampler = Sampler(manifest, config.data, stream, config.train.seed, train=False, labels=labels)
+    samplers: dict[Stream, Sampler] = {stream: sampler}
+
+    def plans() -> Iterator[Plan]:
+        for i in range(0, len(numbers), files):
+            views = [view for number in numbers[i : i + files] for view in sampler.grid(number, clips, crops)]
+            yield Plan(**{"clips": [], "images": [], stream: views})
+
+    backend = make_backend(choose_backend(config, samplers).name, config.data)
+    return _serve(config, samplers, plans(), (), backend=backend, substitute=False)
+
+
 def _serve(
-    config: Config,
+    config: AnyConfig,
     samplers: dict[Stream, Sampler],
     plans: Iterable[Plan],
     masked: Collection[Stream],
@@ -452,6 +505,8 @@ def _serve(
                 image_seeds=_seeds(plan.images),
                 clip_slots=_slots(plan.clips),
                 image_slots=_slots(plan.images),
+                clip_labels=_labels(plan.clips),
+                image_labels=_labels(plan.images),
                 clip_ids=tuple(request.id for request in plan.clips),
                 image_ids=tuple(request.id for request in plan.images),
                 bad=tuple(bad),
@@ -463,6 +518,13 @@ def _serve(
 def _seeds(requests: list[Request]) -> Tensor | None:
     """(samples,) int64; None where there are no samples."""
     return torch.tensor([request.mask_seed for request in requests]) if requests else None
+
+
+def _labels(requests: list[Request]) -> Tensor | None:
+    """(samples,) int64; None where there are no samples, or they have no class."""
+    if not requests or requests[0].label < 0:
+        return None
+    return torch.tensor([request.label for request in requests])
 
 
 def _slots(requests: list[Request]) -> Tensor | None:
@@ -499,18 +561,26 @@ def _replace(
     )
 
 
-def _samplers(config: Config, clips: bool, images: bool, *, train: bool, kept: bool = False) -> dict[Stream, Sampler]:
+def _samplers(
+    config: AnyConfig,
+    clips: bool,
+    images: bool,
+    *,
+    train: bool,
+    kept: bool = False,
+    labels: np.ndarray | None = None,
+) -> dict[Stream, Sampler]:
     """The samplers of the streams that take part; `kept`: of the manifests that the first process has just made."""
     samplers = {}
     wanted: tuple[tuple[Stream, bool], ...] = (("clips", clips), ("images", images))
     for stream, used in wanted:
         if used:
             manifest = open_source(getattr(config.data, stream), source_kind(config.data, stream), kept=kept)
-            samplers[stream] = Sampler(manifest, config.data, stream, config.train.seed, train=train)
+            samplers[stream] = Sampler(manifest, config.data, stream, config.train.seed, train=train, labels=labels)
     return samplers
 
 
-def accumulation(config: Config, world_size: int) -> int:
+def accumulation(config: AnyConfig, world_size: int) -> int:
     """Micro-batches a step; ConfigError where the global batch does not divide into them."""
     counts = {}
     for stream in STREAMS:

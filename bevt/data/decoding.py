@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bevt import masking
-from bevt.config import Config, DataConfig, MaskConfig, UserError
+from bevt.config import AnyConfig, Config, DataConfig, MaskConfig, UserError
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.files import ReadError
 from bevt.data.processes import context, end, initialize, undisturbed
@@ -62,15 +62,20 @@ class Decoded(NamedTuple):
 
 
 class Masks:
-    """Generates the masks of the streams `masked`. Raises ConfigError where a mask does not fit the crop."""
+    """Generates the masks of the streams `masked`, none where classes are learned.
 
-    def __init__(self, config: Config, masked: Collection[Stream]) -> None:
-        side = config.data.crop // 16  # the map of stage 3, and the tokenizer's codes at half the resolution
-        kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {
-            "clips": (config.clip_mask, (config.data.frames // 2, side, side)),
-            "images": (config.image_mask, (1, side, side)),
-        }
-        self.kinds = {stream: kinds[stream] for stream in masked}
+    Raises ConfigError where a mask does not fit the crop.
+    """
+
+    def __init__(self, config: AnyConfig, masked: Collection[Stream]) -> None:
+        self.kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {}
+        if isinstance(config, Config):
+            side = config.data.crop // 16  # the map of stage 3, and the tokenizer's codes at half the resolution
+            kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {
+                "clips": (config.clip_mask, (config.data.frames // 2, side, side)),
+                "images": (config.image_mask, (1, side, side)),
+            }
+            self.kinds = {stream: kinds[stream] for stream in masked}
         for mask, grid in self.kinds.values():
             masking.capacity(mask, grid)  # raises here, not in a worker
 

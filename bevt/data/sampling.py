@@ -34,6 +34,12 @@ _NUMBERS = 11
 _VIEWS = 2**64 + 1
 """In place of the seed where a file's fixed views are drawn: larger than any seed, so the same in every run."""
 
+_ATTEMPTS = 10
+"""Boxes of RandomResizedCrop that are drawn until one lies in the frame."""
+
+_ASPECT = 4 / 3
+"""RandomResizedCrop's largest width over height; the least is its inverse."""
+
 _WORTH_SEEKING = 12
 """Frames that a jump to a key frame in the middle of a clip has to save; about what a jump costs."""
 
@@ -72,6 +78,8 @@ class Request:
     """`Entry.turns`."""
     picture: tuple[int, int] = (0, 0)
     """(height, width) of the upright picture, as the manifest has it; (0, 0): not known."""
+    label: int = -1
+    """Number of its class; -1: none."""
 
     @property
     def path(self) -> str:
@@ -98,18 +106,32 @@ class Sampler:
     An image that is taken from a video is one frame of it, drawn uniformly whatever `data.sampling` says.
 
     The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the flip uniformly;
-    images also draw three jitter factors and their order. With `train=False`: files in their own order, the middle of
-    the video (of each part), the smaller of `data.short_side`, the centre crop, no flip and no jitter.
+    images also draw three jitter factors and their order. With `data.crop_area` a box of random area and aspect is cut
+    out instead and resized to the crop's size (RandomResizedCrop, as mmaction has it). With `train=False`: files in
+    their own order, the middle of the video (of each part), the smaller of `data.short_side`, the centre crop, no flip
+    and no jitter.
 
     Where `data.views` is V > 0, a file is cut in V ways only, which depend on its number in the manifest alone; which
     of them a position takes, and its mask, are drawn as everything else.
 
     Position p of epoch e uses eleven numbers, in this order: start, short side, top, left, flip, brightness, contrast,
-    saturation, order, mask seed, view; then, for `segments`, one a frame.
+    saturation, order, mask seed, view; then, for `segments`, one a frame; then, for `crop_area`, two a box.
+
+    `labels` (files,) are the numbers of the files' classes.
     """
 
-    def __init__(self, manifest: Manifest, data: DataConfig, stream: Stream, seed: int, *, train: bool = True) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        stream: Stream,
+        seed: int,
+        *,
+        train: bool = True,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.manifest, self.data, self.stream, self.seed, self.train = manifest, data, stream, seed, train
+        self.labels = labels
         self._readable = np.ones(len(manifest.entries), bool)
         self._readable[manifest.unreadable] = False
         self.readable = int(self._readable.sum())
@@ -129,12 +151,13 @@ class Sampler:
         epoch, place = divmod(position, len(self))
         files, places = self._order(epoch)
         number = int(files[(np.searchsorted(places, place) + substitute) % self.readable])
-        drawn = self._raw(_NUMBERS + data.frames, self.seed, epoch, position + 1)
+        needed = _NUMBERS + data.frames + (2 * _ATTEMPTS if data.crop_area[1] else 0)
+        drawn = self._raw(needed, self.seed, epoch, position + 1)
         mask_seed, slot = int(drawn[9] >> np.uint64(1)), -1
         if data.views and self.train:
             view = int(drawn[10] % np.uint64(data.views))
             slot = number * data.views + view
-            drawn = self._raw(_NUMBERS + data.frames, _VIEWS, number, view)
+            drawn = self._raw(needed, _VIEWS, number, view)
         u = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
         shortest, longest = data.short_side
 
@@ -144,18 +167,22 @@ class Sampler:
 
         entry = self.manifest.entries[number]
         frames = self._frames(entry, u if self.train else None, 0.5) if self.manifest.kind == "clips" else (0,)
-        short = shortest + (below(longest - shortest + 1, 1) if self.train else 0)
-        height, width = _resized(entry, short)
+        if self.train and data.crop_area[1]:
+            resize, crop = _box(entry, data, u)
+        else:
+            resize = height, width = _resized(entry, shortest + (below(longest - shortest + 1, 1) if self.train else 0))
+            crop = below(height - data.crop + 1, 2), below(width - data.crop + 1, 3)
         jitter = NO_JITTER
         if self.train and self.stream == "images" and data.jitter:
             factors = 1 + data.jitter * (2 * u[5:8] - 1)
             jitter = (*factors.tolist(), *_ORDERS[below(6, 8)])
         return self._request(
+            number,
             entry,
             position=position,
             frames=frames,
-            resize=(height, width),
-            crop=(below(height - data.crop + 1, 2), below(width - data.crop + 1, 3)),
+            resize=resize,
+            crop=crop,
             flip=self.train and bool(u[4] < data.flip),
             jitter=jitter,
             mask_seed=mask_seed,
@@ -181,11 +208,14 @@ class Sampler:
                 share = crop / (crops - 1) if crops > 1 else 0.5
                 down, right = (0.5, share) if width > height else (share, 0.5)
                 at = int((height - self.data.crop) * down), int((width - self.data.crop) * right)
-                out.append(self._request(entry, position=number, frames=frames, resize=(height, width), crop=at))
+                out.append(
+                    self._request(number, entry, position=number, frames=frames, resize=(height, width), crop=at)
+                )
         return out
 
     def _request(
         self,
+        number: int,
         entry: Entry,
         *,
         position: int,
@@ -215,6 +245,7 @@ class Sampler:
             timing=entry.timing,
             turns=entry.turns,
             picture=(entry.height, entry.width),
+            label=-1 if self.labels is None else int(self.labels[number]),
         )
 
     def _frames(self, entry: Entry, u: np.ndarray | None, share: float) -> tuple[int, ...]:
@@ -227,7 +258,7 @@ class Sampler:
             parts = list(pairwise(i * length // count for i in range(count + 1)))
             if u is None:
                 return tuple(first + a + int(max(b - a - 1, 0) * share) for a, b in parts)
-            return tuple(first + a + int(max(b - a, 1) * x) for (a, b), x in zip(parts, u[_NUMBERS:], strict=True))
+            return tuple(first + a + int(max(b - a, 1) * x) for (a, b), x in zip(parts, u[_NUMBERS:]))
         slack = max(0, length - ((count - 1) * stride + 1))
         begin = int(slack * share) if u is None else int((slack + 1) * u[0])
         return tuple(first + (begin + i * stride) % length for i in range(count))
@@ -261,6 +292,30 @@ def _resized(entry: Entry, short: int) -> tuple[int, int]:
     """(height, width) with the short side at `short` and the aspect kept to the nearest pixel."""
     shortest = min(entry.height, entry.width)
     return tuple(max(short, round(side * short / shortest)) for side in (entry.height, entry.width))  # type: ignore[return-value]
+
+
+def _box(entry: Entry, data: DataConfig, u: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """RandomResizedCrop as (whole frame's size, place of the crop in it) after the resize.
+
+    Area uniform, aspect log-uniform; the first of ten boxes that lies in the frame, else the largest square in the
+    middle (mmaction 0.15, `RandomResizedCrop`).
+    """
+    height, width = entry.height, entry.width
+    least, most = data.crop_area
+    area, aspect = u[-2 * _ATTEMPTS :].reshape(2, _ATTEMPTS)
+    area = (least + (most - least) * area) * height * width
+    aspect = _ASPECT ** (2 * aspect - 1)
+    heights, widths = np.rint(np.sqrt(area / aspect)).astype(int), np.rint(np.sqrt(area * aspect)).astype(int)
+    fits = np.flatnonzero((heights <= height) & (widths <= width) & (heights > 0) & (widths > 0))
+    if len(fits):
+        high, wide = int(heights[fits[0]]), int(widths[fits[0]])
+        top, left = int(u[2] * (height - high + 1)), int(u[3] * (width - wide + 1))
+    else:
+        high = wide = min(height, width)
+        top, left = (height - high) // 2, (width - wide) // 2
+    resize = max(data.crop, round(height * data.crop / high)), max(data.crop, round(width * data.crop / wide))
+    place = (round(top * data.crop / high), round(left * data.crop / wide))
+    return resize, (min(place[0], resize[0] - data.crop), min(place[1], resize[1] - data.crop))
 
 
 def _seeks(entry: Entry, frames: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -10,7 +10,7 @@ are their own. Everything outside the encoder is linear. In training decoders an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bevt.config import Impl, ModelConfig
 from bevt.models.linear import Linear
-from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
+from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights, resolved
 
 Stream = Literal["clips", "images"]
 
@@ -150,17 +150,11 @@ class BEVT(nn.Module):
         super().__init__()
         if not streams or not set(streams) <= {"clips", "images"}:
             raise ValueError(f"streams must name 'clips', 'images' or both, got {tuple(streams)}")
+        config, self.implementations = resolved(config, device, dtype)
         spec = Spec(torch.device(device).type, dtype, needs_grad=True, classes=vocab_size)
-        window = spec._replace(
-            classes=None, window=config.window_size, head_dim=config.embed_dim // config.num_heads[0]
-        )
-        self.implementations = {
-            "window_attention": resolve("window_attention", config.attention_impl, window),
-            "masked_linear_cross_entropy": resolve("masked_linear_cross_entropy", config.loss_impl, spec),
-            "linear": resolve("linear", config.linear_impl, spec),
-        }
-        attention_impl, linear_impl = (cast(Impl, self.implementations[op]) for op in ("window_attention", "linear"))
-        config = replace(config, attention_impl=attention_impl, linear_impl=linear_impl)
+        loss = "masked_linear_cross_entropy"
+        self.implementations[loss] = resolve(loss, config.loss_impl, spec)
+        linear_impl = config.linear_impl
         dim = config.embed_dim * 8
         self.vocab_size, self.streams = vocab_size, tuple(streams)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))

@@ -15,14 +15,15 @@ zero distance in time, so both streams of BEVT run through the same blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from bevt_kernels import window_attention
+from bevt_kernels import Spec, resolve, window_attention
 from torch import Tensor, nn
 
-from bevt.config import ModelConfig
+from bevt.config import Impl, ModelConfig
 from bevt.models.linear import Linear
 from bevt.models.region import Region
 
@@ -30,6 +31,21 @@ Size3 = tuple[int, int, int]
 
 PATCH: Size3 = (2, 4, 4)
 """Frames, rows and columns of pixels in one token."""
+
+
+def resolved(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[ModelConfig, dict[str, str]]:
+    """`config` with the implementations of the encoder's ops on that device and in that type, and these by op.
+
+    Raises `bevt_kernels.NoImplementation` where one that the configuration names cannot serve.
+    """
+    spec = Spec(torch.device(device).type, dtype, needs_grad=True)
+    window = spec._replace(window=config.window_size, head_dim=config.embed_dim // config.num_heads[0])
+    chosen = {
+        "window_attention": resolve("window_attention", config.attention_impl, window),
+        "linear": resolve("linear", config.linear_impl, spec),
+    }
+    attention, linear = (cast(Impl, chosen[op]) for op in chosen)
+    return replace(config, attention_impl=attention, linear_impl=linear), chosen
 
 
 def clip_window(size: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]:

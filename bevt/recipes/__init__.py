@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bevt.config import Config
+from bevt.config import Config, FinetuneConfig
 from bevt.recipes.demo import demo_image_stage, demo_joint_stage
+from bevt.recipes.finetune import diving48, image_supervised, k400, probe_k400, ssv2
 from bevt.recipes.pretrain import image_stage, joint_frames, joint_stage, joint_vq, mask_ablation, video_only
 
 RECIPES: dict[str, Callable[[], Config]] = {
@@ -24,3 +25,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         demo_joint_stage,
     )
 }
+"""Of pretraining, by name."""
+
+FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    f.__name__: f for f in (k400, ssv2, diving48, image_supervised, probe_k400)
+}
+"""Of learning classes, by name."""

@@ -63,8 +63,16 @@ class Checkpoints:
         """What a run continues from; after `save` what is being written."""
         self._writing: Future[Metadata] | None = None
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, plain: Mapping[str, Any]) -> Path:
-        """Begin to write the checkpoint of `step`, as everything is at this moment; `plain` is what JSON can hold.
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plain: Mapping[str, Any],
+        others: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Begin to write the checkpoint of `step`, as everything is at this moment; `plain` is what JSON can hold,
+        `others` further tensors, by names like `average.NAME`.
 
         First waits for the one before. Where that failed, it waits for this one too, and raises CheckpointError where
         that fails as well. One that is there stays.
@@ -74,7 +82,7 @@ class Checkpoints:
         if path != self.newest:
             state = {"format": FORMAT, "step": step, **plain}
             saving = dcp.async_save(
-                _tensors(model, optimizer if optimizer.state else None),
+                {**_tensors(model, optimizer if optimizer.state else None), **(others or {})},
                 storage_writer=_Writer(path, state, self.keep),
                 process_group=self.world.checkpointing,
                 no_dist=self.world.size == 1,
@@ -147,7 +155,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
-    """`read_state`, and the tensors on the CPU: `model` {name: tensor} and `optimizer` {name: {state: tensor}}.
+    """`read_state`, and the tensors on the CPU: `model` {name: tensor}, `optimizer` {name: {state: tensor}}, and what a
+    task adds, as `average` {name: tensor}.
 
     Without `optimizer` its tensors are not read. Raises CheckpointError as `read_state`.
     """
@@ -155,7 +164,7 @@ def load(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
     tensors = {
         name: torch.empty(kept.size, dtype=kept.properties.dtype)
         for name, kept in _kept(metadata).items()
-        if optimizer or name.startswith("model.")
+        if optimizer or not name.startswith("optimizer.")
     }
     _read(path, metadata, tensors)
     whole: dict[str, Any] = {**state, "model": {}, "optimizer": {}}
@@ -165,19 +174,19 @@ def load(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
             parameter, _, key = name.rpartition(".")
             whole[group].setdefault(parameter, {})[key] = tensor
         else:
-            whole[group][name] = tensor
+            whole.setdefault(group, {})[name] = tensor
     return whole
 
 
-def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Read a checkpoint into `model` and `optimizer`, in place; of sharded ones every process reads its own shards.
+def restore(path: Path, model: nn.Module, optimizer: Optimizer, others: Mapping[str, Tensor] | None = None) -> None:
+    """Read a checkpoint into `model`, `optimizer` and `others`, in place; of sharded ones each process its own shards.
 
     Raises CheckpointError as `read_state`, and for a model or optimizer whose tensors are others.
     """
     _, metadata = _open(path, whole=True)
     kept = {name: tensor.size for name, tensor in _kept(metadata).items()}
     begun = any(name.startswith("optimizer.") for name in kept)  # not so before the first step
-    tensors = _tensors(model, optimizer if begun else None)
+    tensors = {**_tensors(model, optimizer if begun else None), **(others or {})}
     own = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := [name for name in {**own, **kept} if own.get(name) != kept.get(name)]:
         was, now = (tuple(each[differing[0]]) if differing[0] in each else "none" for each in (kept, own))

@@ -7,7 +7,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bevt.models.bevt import BEVT, OWN_PARTS, MaskedInput
-from bevt.models.video_swin import SwinStage
+from bevt.models.video_swin import SwinBlock
+
+T = TypeVar("T")
 
 
 class _Whole(nn.Module):
@@ -74,23 +76,26 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: BEVT, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
+    def wrap(self, model: nn.Module, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
         """`model` with gradients averaged over all processes; itself where there is one.
 
-        `fsdp` shards it in place: each block and stream's part is gathered for its own turn alone.
+        `fsdp` shards it in place: each block, and part of one stream, is gathered for its own turn alone.
         """
         if self.size == 1:
             return model
         if parallel == "ddp":
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(_Whole(model), device_ids=device_ids, gradient_as_bucket_view=True)
+            whole = _Whole(model) if isinstance(model, BEVT) else model
+            return DistributedDataParallel(whole, device_ids=device_ids, gradient_as_bucket_view=True)
         # That its outputs may be views matters to whoever changes them in place, which nobody does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
-        parts = [block for stage in model.encoder.layers for block in cast(SwinStage, stage).blocks]
-        parts += [getattr(model, part) for stream in model.streams for part in OWN_PARTS[stream]]
-        for part in parts:
-            fully_shard(part, mesh=mesh)
+        for part in model.modules():
+            if isinstance(part, SwinBlock):
+                fully_shard(part, mesh=mesh)
+        if isinstance(model, BEVT):
+            for own in (getattr(model, name) for stream in model.streams for name in OWN_PARTS[stream]):
+                fully_shard(own, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
 
@@ -101,7 +106,8 @@ class World:
         """
         if not isinstance(model, DistributedDataParallel):
             return nullcontext()
-        model.module.complete = last
+        if isinstance(model.module, _Whole):
+            model.module.complete = last
         return nullcontext() if last else cast(AbstractContextManager[None], model.no_sync())
 
     def norms(self, gradients: list[Tensor]) -> Tensor:
@@ -142,6 +148,14 @@ class World:
         box = [text]
         dist.broadcast_object_list(box, src=0, group=self.waiting)
         return box[0]
+
+    def gather(self, item: T) -> list[T]:
+        """Every process's `item`, by rank, on every process; the processes meet on the CPU."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.waiting)
+        return items
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -1,7 +1,7 @@
-"""The training loop, from a configuration to a finished run folder.
+"""The training loop, from a configuration to a finished run folder, for whatever is trained (`Task`).
 
 A run folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` (with `last`), `bad_files.jsonl`
-where a file could not be read, `nonfinite.json` where a loss was not finite, and `pictures/` at the end.
+where a file could not be read, `nonfinite.json` where a loss was not finite, and what the task adds at the end.
 """
 
 from __future__ import annotations
@@ -12,42 +12,39 @@ import os
 import platform
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import numpy as np
 import torch
-from bevt_kernels import NoImplementation, Spec
+from bevt_kernels import Spec
 from bevt_kernels.baselines.common import compile_reasons
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor, nn
 
 import bevt
-from bevt import tokenizers
-from bevt.budget import step_flop
-from bevt.config import Config, ConfigError, check, from_dict, to_dict, tokenizer_settings
+from bevt.config import AnyConfig, ConfigError, from_dict, to_dict
 from bevt.data import DataError
-from bevt.data.batch import Loader
-from bevt.data.build import StepLoader, build_loader, check_held_out, source_kind
-from bevt.data.manifest import Kind, probe_source
+from bevt.data.batch import Batch, Loader
+from bevt.data.build import StepLoader, build_loader, check_held_out, held_out_sources, source_kind
+from bevt.data.manifest import probe_source
+from bevt.data.sampling import STREAMS
 from bevt.devices import BFLOAT16
-from bevt.models import weights
-from bevt.models.bevt import BEVT, Stream
-from bevt.models.reference import ReferenceBEVT
 from bevt.models.region import compile_regions
-from bevt.tokenizers.cache import TokenCache
-from bevt.train import checkpoint, memory, optim
+from bevt.train import checkpoint, optim
 from bevt.train.distributed import World, join_world
 from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError, counting
-from bevt.train.optim import build_optimizer, learning_rate, total_steps
+from bevt.train.optim import learning_rate, total_steps
 from bevt.train.profile import STEPS, Profile
-from bevt.train.step import TrainStep
+from bevt.train.step import Step
 
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
     "train.keep", "train.threads", "train.compile", "train.cuda_graphs", "train.parallel", "train.memory_budget",
-    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images",
+    "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "train.eval_every",
+    "test.clips", "test.crops", "test.memory",
     "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""
@@ -65,7 +62,7 @@ class RunResult:
     steps: int
     checkpoint: Path
     evaluation: dict[str, float]
-    """Held-out figures (`bevt.evaluate.masked_tokens`); empty without held-out data or where the run was stopped."""
+    """Held-out figures of the task; empty without held-out data or where the run was stopped."""
 
     @property
     def finished(self) -> bool:
@@ -73,21 +70,89 @@ class RunResult:
         return self.step >= self.steps
 
 
-def pretrain(
-    config: Config, out: Path, *, resume: bool = False, quiet: bool = False, profile: bool = False
-) -> RunResult:
-    """Run `config` into the folder `out`, or continue there with `resume`; `profile` records a few steps into it.
+class Task:
+    """What a run trains. The loop calls the methods in their order here; all but `plain` in every process."""
+
+    config: AnyConfig
+    labels: np.ndarray | None = None
+    """Class numbers of the training files."""
+
+    def prepare(self, world: World, saved: dict[str, Any] | None) -> None:
+        """What can be refused before any file is looked at; `saved`: the state of the checkpoint to continue from."""
+        raise NotImplementedError
+
+    def look(self, saved: dict[str, Any] | None) -> None:
+        """What the files' manifests, which are there now, have to say."""
+
+    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
+        """The data is open; `stack` ends with the run."""
+
+    def build(self, *, fresh: bool) -> tuple[nn.Module, str]:
+        """The model, from `config.init` where the run is `fresh`; and what to tell of that."""
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Of the wrapped model's parameters."""
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+        """What makes a step of the wrapped model."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside model and optimizer; they are read back in place."""
+        return {}
+
+    def implementations(self) -> dict[str, str]:
+        """Of what is no part of the model."""
+        return {}
+
+    def notes(self) -> Iterator[str]:
+        """Lines to print before the first step."""
+        return iter(())
+
+    def flop(self) -> tuple[float, float]:
+        """Counted operations of a step over all devices: of a tokenizer, and of all else; 0: not counted."""
+        return 0.0, 0.0
+
+    def explained(self) -> AbstractContextManager[None]:
+        """A context that says more of errors in a step."""
+        return nullcontext()
+
+    def saving(self) -> None:
+        """A checkpoint is about to be written."""
+
+    def plain(self) -> dict[str, Any]:
+        """What a checkpoint's `state.json` says of the task."""
+        raise NotImplementedError
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether an evaluation comes after this step, which is not the last one."""
+        return False
+
+    def evaluate(self, model: nn.Module, config: AnyConfig, stop: Stop) -> dict[str, float]:
+        """Held-out figures in the middle of a run; nothing where `stop` cut it short."""
+        return {}
+
+    def finish(
+        self, model: nn.Module, config: AnyConfig, out: Path, step: int, writer: MetricsWriter | None
+    ) -> dict[str, float]:
+        """Held-out figures of the finished run, as a row in `writer` (the first process's) too; may be empty."""
+        raise NotImplementedError
+
+
+def run(task: Task, out: Path, *, resume: bool = False, quiet: bool = False, profile: bool = False) -> RunResult:
+    """Run the task into the folder `out`, or continue there with `resume`; `profile` records a few steps into it.
 
     SIGTERM and SIGINT end training after the current step, with a checkpoint; what comes before, looking at the files,
     and after, evaluation, they end as they end any program, and `resume` takes it up again. Raises ConfigError,
     DataError, CheckpointError, WeightsError or RunError with a message for a person.
     """
-    check(config)
     world = join_world()
     try:
         with ExitStack() as stack:
-            saved = _open_run(config, out, world, stack, resume)
-            return _train(config, out, world, stack, saved, quiet, profile)
+            saved = _open_run(task.config, out, world, stack, resume)
+            return _train(task, out, world, stack, saved, quiet, profile)
     except RuntimeError as error:
         if world.size == 1 or not any(said in str(error) for said in GONE):
             raise
@@ -97,7 +162,7 @@ def pretrain(
 
 
 def _train(
-    config: Config,
+    task: Task,
     out: Path,
     world: World,
     stack: ExitStack,
@@ -105,31 +170,18 @@ def _train(
     quiet: bool,
     profiled: bool,
 ) -> RunResult:
+    config = task.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    recomputed = None
-    if config.train.memory_budget:  # a budget that cannot be kept is refused before anything is read
-        recomputed = memory.choose(config, world.size, world.device.type)
-    tokenizer = tokenizers.build(tokenizer_settings(config), world.device)
-    digest = tokenizers.digest(config.tokenizer)
     start = saved["step"] if saved else 0
-    if saved and saved["tokenizer"] != digest:
-        raise RunError(
-            f"{out} cannot be resumed: {config.tokenizer.path} is not the tokenizer it predicts the codes of; "
-            "give the run's own with --tokenizer.path"
-        )
+    task.prepare(world, saved)
     _probe_sources(config, world, quiet)
+    task.look(saved)
     stop = stack.enter_context(Stop())
     bad_files = BadFiles(out, world)
-    loader = _build_loader(config, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
+    loader = _build_loader(task, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
     stack.callback(loader.close)
-    cache = None
-    if config.tokenizer.cache:
-        views: dict[str, tuple[dict[str, Any], int]] = {
-            stream: (loader.views(stream), slots) for stream, slots in loader.slots.items()
-        }
-        cache = TokenCache.open(config, tokenizer, digest, world.device, views)
-        stack.callback(cache.close)
+    task.attach(loader, stack)
     steps = total_steps(config.optim, loader.steps_per_epoch)
     if profiled and steps - start < STEPS:
         raise RunError(
@@ -139,25 +191,25 @@ def _train(
     display = Display(config.recipe, start, steps, enabled=world.main and not quiet)
     stack.callback(display.close)
     torch.manual_seed(config.train.seed)
-    model = build_model(config, tokenizer.vocab_size, world.device)
-    if config.init and not saved:
-        display.note(f"{config.init}: {initialise(model, config, digest)}")
+    model, said = task.build(fresh=saved is None)
+    if said:
+        display.note(said)
     compiled = _compile(config, model, world.device)
     wrapped = world.wrap(model, config.train.parallel)
-    optimizer = build_optimizer(model, config.optim, fused=config.path == "fused")
+    optimizer = task.optimizer(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     gpu = world.device.type == "cuda"
-    tokenizing, training = step_flop(config) if gpu else (0.0, 0.0)
-    rate = _rate(config, world.device)
-    meter = Meter(config, world, names, out, flop=training, tokenizing=tokenizing, peak=rate)
-    implementations = {**model.implementations, **tokenizer.implementations, "decoding": loader.backend}
-    implementations["encoder"] = compiled
+    tokenizing, training = task.flop() if gpu else (0.0, 0.0)
+    meter = Meter(config, world, names, out, flop=training, tokenizing=tokenizing, peak=_rate(config, world.device))
+    implementations = {**cast("dict[str, str]", model.implementations), **task.implementations()}
+    implementations |= {"decoding": loader.backend, "encoder": compiled}
+    train_step = task.step(wrapped, optimizer)
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", world, config.train.keep)
     stack.callback(checkpoints.close)
     if saved:
         assert checkpoints.newest is not None
         with _naming_a_way_on():
-            checkpoint.restore(checkpoints.newest, model, optimizer)
+            checkpoint.restore(checkpoints.newest, model, optimizer, task.tensors())
         optim.resume(optimizer, start)
         meter.load_state_dict(saved["meter"])
         try:
@@ -170,26 +222,22 @@ def _train(
     display.note(_describe(config, model, implementations, loader, world, steps))
     if compiled != "eager":
         display.note("compiling: the first step takes a minute or more")
-    if recomputed:
-        memory.recompute(model, recomputed)
-        display.note(f"{recomputed}")
+    for note in task.notes():
+        display.note(note)
     if config.data.backend == "auto":
         display.note(f"decoding by {loader.backend}: {loader.choice.why}")
     if world.main:
         bad_files.add(loader.unreadable)
-    train_step = TrainStep(wrapped, tokenizer, optimizer, config, world, cache)
     writer = MetricsWriter(out, start) if world.main else None
     if writer:
         stack.callback(writer.close)
 
     def save(step: int) -> Path:
         meter.check_finite()
-        if cache is not None:
-            cache.flush()
+        task.saving()
         plain = {
             "config": to_dict(config),
-            "tokenizer": digest,
-            "streams": list(model.streams),
+            **task.plain(),
             "loader": loader.state_dict(),
             "meter": meter.state_dict(),
             "versions": {
@@ -199,16 +247,24 @@ def _train(
             },
             "implementations": implementations,
         }
-        return checkpoints.save(step, model, optimizer, plain)
+        return checkpoints.save(step, model, optimizer, plain, task.tensors())
 
     profile = Profile(out, world.device) if profiled and world.main else None
     if profile:
         stack.callback(profile.close)
-    batches = iter(loader)
+    batches: Iterator[Batch] = iter(loader)
     step = start
     meter.start()
     train_step.phases.start()
     while step < steps and not world.any(stop.requested):
+        if step and task.due(step, steps):  # here, and not after the step, so that a resumed run makes it too
+            with meter.paused(train_step.phases):
+                evaluation = task.evaluate(model, loader.config, stop)
+            if world.any(stop.requested):
+                break
+            if writer:
+                writer.write({"event": "eval", "step": step, **evaluation})
+            display.note(f"step {step}: {_figures(evaluation)}")
         try:
             micro = [meter.wait_for(batches) for _ in range(loader.accumulation)]
         except DataError:
@@ -217,7 +273,7 @@ def _train(
                 checkpoints.wait()
                 display.note(f"what was trained is kept in {kept}")
             raise
-        with memory.explained(config, world):
+        with task.explained():
             result = train_step(learning_rate(config.optim, step, steps), micro)
         step += 1
         meter.add(step, micro, result)
@@ -253,12 +309,10 @@ def _train(
     if step == steps and world.any(stop.requested):  # too late for the steps, not for what comes after them
         display.note(f"the run is complete and kept in {last}; --resume evaluates it")
         signal.raise_signal(stop.number or signal.SIGTERM)
-    evaluation: dict[str, float] = {}
-    scored = step == steps and (config.data.val_clips or config.data.val_images)
-    whole = _whole(model, config, tokenizer.vocab_size, world) if scored else model
-    if scored and world.main:
+    evaluation = {}
+    if step == steps:
         try:
-            evaluation = _finish(loader.config, out, whole, tokenizer, world.device, step, writer)
+            evaluation = task.finish(model, loader.config, out, step, writer)
         except (DataError, KeyboardInterrupt) as error:
             mended = "with the data mended, " if isinstance(error, DataError) else ""
             display.note(f"the run is complete and kept in {last}; {mended}--resume evaluates it")
@@ -267,122 +321,56 @@ def _train(
     return RunResult(step, steps, last, evaluation)
 
 
-def _build_loader(config: Config, world: World, prefer: str) -> StepLoader:
+def _build_loader(task: Task, world: World, prefer: str) -> StepLoader:
     """The data of this process, decoded by what the first one settles on; `prefer`: what the run began with."""
-    loader = build_loader(config, prefer=prefer, world_size=world.size, kept=True) if world.main else None
+    config = task.config
+    loader = None
+    if world.main:
+        loader = build_loader(config, prefer=prefer, world_size=world.size, kept=True, labels=task.labels)
     name = world.broadcast(loader.backend if loader else "")
     if loader:
         return loader
     settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
-    return build_loader(settled, rank=world.rank, world_size=world.size, kept=True)
+    return build_loader(settled, rank=world.rank, world_size=world.size, kept=True, labels=task.labels)
 
 
-def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
-    """The model of a configuration with only the streams that it trains, on `device`.
-
-    Raises ConfigError where an implementation that the configuration names cannot serve.
-    """
-    streams: list[Stream] = []
-    if config.train.clips:
-        streams.append("clips")
-    if config.train.images:
-        streams.append("images")
-    dtype = getattr(torch, config.train.precision)
-    kind = ReferenceBEVT if config.path == "reference" else BEVT
-    try:
-        model = kind(config.model, vocab_size, streams, device=device, dtype=dtype)
-        return model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    except NoImplementation as error:
-        raise ConfigError(f"model: {error}") from error
-
-
-def _compile(config: Config, model: BEVT, device: torch.device) -> str:
+def _compile(config: AnyConfig, model: nn.Module, device: torch.device) -> str:
     """Compile the encoder's regions where `train.compile` says so; how they run then, for people and checkpoints.
 
     Raises ConfigError where it says so and they cannot be compiled.
     """
-    train = config.train
-    if train.cuda_graphs and device.type != "cuda":
+    train, fused = config.train, getattr(config, "path", "fused") == "fused"
+    graphs = getattr(train, "cuda_graphs", False)
+    if graphs and device.type != "cuda":
         raise ConfigError(f"train.cuda_graphs needs a CUDA GPU, this runs on the {device.type}: leave it out")
-    wanted = train.compile == "yes" or (train.compile == "auto" and device.type == "cuda" and config.path == "fused")
-    if not wanted:
+    if not (train.compile == "yes" or (train.compile == "auto" and device.type == "cuda" and fused)):
         return "eager"
     if reasons := compile_reasons(Spec(device.type, torch.float32)):
         raise ConfigError(f"train.compile: {'; '.join(reasons)}; or set it to 'no'")
-    compile_regions(model, cuda_graphs=train.cuda_graphs)
-    return "compiled, CUDA graphs" if train.cuda_graphs else "compiled"
+    compile_regions(model, cuda_graphs=graphs)
+    return "compiled, CUDA graphs" if graphs else "compiled"
 
 
-def _rate(config: Config, device: torch.device) -> float:
+def _rate(config: AnyConfig, device: torch.device) -> float:
     """FLOP/s of the device's matrix products in the run's precision; 0: not known."""
     if device.type != "cuda" or config.train.precision != "bfloat16":
         return 0.0
     return BFLOAT16.get(torch.cuda.get_device_name(device), 0.0)
 
 
-def _whole(model: BEVT, config: Config, vocab_size: int, world: World) -> BEVT:
-    """`model` with whole parameters in the first process, for evaluation; the others take part in gathering them."""
-    if world.size == 1 or config.train.parallel != "fsdp":
-        return model
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not world.main:
-        return model
-    whole = build_model(config, vocab_size, world.device)
-    weights.load(whole, cast("dict[str, torch.Tensor]", state))
-    return whole
-
-
-def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
-    """Start `model` from the checkpoint `config.init`: of the same stage, or of the image stage (2D windows), inflated.
-
-    `tokenizer` is the digest of the one whose codes will be predicted. Raises CheckpointError for a file that is no
-    checkpoint and WeightsError for a model of another size, or one that learned another tokenizer's codes.
-    """
-    path = Path(config.init)
-    saved = checkpoint.load(path, optimizer=False)
-    state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
-    missing, unused = [], []
-    try:
-        if saved["tokenizer"] != tokenizer:
-            raise weights.WeightsError(
-                f"its head predicts the codes of another tokenizer than {config.tokenizer.path}: "
-                "start from a run with the same one"
-            )
-        if "clips" in model.streams and "clips" not in saved["streams"]:
-            if window[0] == 1:
-                state = weights.inflate(state, config.model.window_size)
-            missing = [r"video_decoder\..*"]
-            if window[0] != 1:
-                raise weights.WeightsError(
-                    f"an image-only run with 3D windows {window} has no weights for clips; "
-                    "start from recipe 'image_stage' (window (1, h, w)) instead"
-                )
-        if "images" not in model.streams:
-            unused = [r"patch_embed_2d\..*", r"image_decoder\..*"]
-        if "clips" not in model.streams:
-            unused = [r"patch_embed\..*", r"video_decoder\..*"]
-        return weights.load(model, state, missing=missing, unused=unused)
-    except weights.WeightsError as error:
-        raise weights.WeightsError(f"{path}: {error}") from error
-
-
-def _probe_sources(config: Config, world: World, quiet: bool) -> None:
+def _probe_sources(config: AnyConfig, world: World, quiet: bool) -> None:
     """Look at every file of the run's data once, held-out data included, in one process before the others need it."""
-    kinds: tuple[Kind, ...] = ("clips", "images")
-    for kind in kinds if world.main else ():
-        if not getattr(config.train, kind):
-            continue
-        with counting(f"probing {kind}", enabled=not quiet) as progress:
-            probe_source(getattr(config.data, kind), source_kind(config.data, kind), progress=progress)
-        held_out = getattr(config.data, f"val_{kind}")
-        if held_out and getattr(config.train, f"eval_{kind}"):
-            with counting(f"probing held-out {kind}", enabled=not quiet) as progress:
-                manifest = probe_source(held_out, source_kind(config.data, kind), progress=progress)
-                check_held_out(manifest, config.data.backend)
+    for stream in STREAMS if world.main else ():
+        if getattr(config.train, stream):
+            with counting(f"probing {stream}", enabled=not quiet) as progress:
+                probe_source(getattr(config.data, stream), source_kind(config.data, stream), progress=progress)
+    for kind, source in held_out_sources(config) if world.main else ():
+        with counting(f"probing held-out {kind}", enabled=not quiet) as progress:
+            check_held_out(probe_source(source, kind, progress=progress), config.data.backend)
     world.barrier()
 
 
-def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
+def _open_run(config: AnyConfig, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
     """Make or reopen the run folder, held by this run until `stack` ends; what the newest checkpoint says, if any."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
@@ -401,7 +389,7 @@ def _open_run(config: Config, out: Path, world: World, stack: ExitStack, resume:
     if saved:
         changed = [
             f"{key} = {old!r}, now {new!r}"
-            for key, old, new in _differences(to_dict(from_dict(saved["config"])), to_dict(config))
+            for key, old, new in _differences(to_dict(from_dict(saved["config"], type(config))), to_dict(config))
             if key not in FREE_ON_RESUME
         ]
         if changed:
@@ -444,40 +432,26 @@ def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> I
             yield where + key, a, b
 
 
+def _figures(evaluation: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items())
+
+
 def _describe(
-    config: Config, model: BEVT, implementations: dict[str, str], loader: Loader, world: World, steps: int
+    config: AnyConfig, model: nn.Module, implementations: dict[str, str], loader: Loader, world: World, steps: int
 ) -> str:
     """What is about to run, in three lines."""
     million = sum(p.numel() for p in model.parameters()) / 1e6
     train = config.train
+    streams = [stream for stream in STREAMS if getattr(train, stream)]
     chosen = ", ".join(f"{op} {impl}" for op, impl in implementations.items())
+    batch = " + ".join(f"{getattr(train, stream)} {stream}" for stream in STREAMS)
     return (
-        f"{config.recipe}: {' + '.join(model.streams)}, {million:.1f} M parameters, {train.precision}, "
+        f"{config.recipe}: {' + '.join(streams)}, {million:.1f} M parameters, {train.precision}, "
         f"{world.size} x {world.device}\n"
         f"implementations: {chosen}\n"
-        f"{steps} steps of {train.clips} clips + {train.images} images, {loader.steps_per_epoch:.1f} steps an epoch, "
+        f"{steps} steps of {batch}, {loader.steps_per_epoch:.1f} steps an epoch, "
         f"{loader.accumulation} micro-batches a step and process"
     )
-
-
-def _finish(
-    config: Config,
-    out: Path,
-    model: BEVT,
-    tokenizer: tokenizers.Tokenizer,
-    device: torch.device,
-    step: int,
-    writer: MetricsWriter | None,
-) -> dict[str, float]:
-    """Score the held-out data and draw the pictures."""
-    from bevt.evaluate.masked_tokens import evaluate
-    from bevt.pictures.report import draw
-
-    evaluation = evaluate(config, model, tokenizer, device)
-    if writer:
-        writer.write({"event": "eval", "step": step, **evaluation})
-    draw(config, out, model, tokenizer, device)
-    return evaluation
 
 
 class Stop:

@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bevt import masking
-from bevt.config import Config, ConfigError, plain, tokenizer_settings
+from bevt.config import Config, ConfigError, FinetuneConfig, plain, tokenizer_settings
 from bevt.data import augment
 from bevt.data.sampling import STREAMS
 from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
+from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.reference import ReferenceBEVT
 from bevt.models.video_swin import SwinBlock, SwinStage
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
@@ -254,6 +255,35 @@ def recompute(model: BEVT, choice: Choice) -> None:
     """Have the blocks of `choice` recomputed."""
     for stage, block in choice.blocks:
         cast(SwinBlock, cast(SwinStage, model.encoder.layers[stage]).blocks[block]).recompute = True
+
+
+@lru_cache(maxsize=8)
+def views_at_once(config: FinetuneConfig, classes: int, device: str) -> int:
+    """As many views as a forward pass without gradients takes below `config.test.memory` GiB by prediction; at least 1.
+
+    The model's weights do not count. What a view adds is the difference of two views and one.
+    """
+    one, two = (_forward_peak(config, classes, views, device) for views in (1, 2))
+    return max(1, 1 + int((config.test.memory * GIB - one) / max(two - one, 1)))
+
+
+def _forward_peak(config: FinetuneConfig, classes: int, views: int, device: str) -> int:
+    """Bytes that a forward pass of so many views holds at the most, pixels included."""
+    d, clips = config.data, bool(config.train.clips)
+    model = plain(config.model) if device != "cpu" else config.model
+    dtype = getattr(torch, config.train.precision)
+    with torch.device("meta"):
+        classifier = VideoSwinClassifier(model, classes, "clips" if clips else "images", dtype=dtype)
+    live = _Live(plain=device == "cpu" or config.model.attention_impl == "reference")
+    with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad():
+        faked(classifier.to(torch.float64) if dtype == torch.float64 else classifier)
+        live.begin("forward")
+        frames = torch.empty(views, d.frames if clips else 1, d.crop, d.crop, 3, dtype=torch.uint8)
+        pixels = augment.to_encoder_clips(frames)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            classifier(pixels if clips else pixels.squeeze(2))
+        live.mark()
+    return live.spans[-1].rise
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from torch import Tensor
 
-from bevt.config import Config, UserError
+from bevt.config import AnyConfig, UserError
 from bevt.data.batch import BadFile, Batch
 from bevt.train.distributed import World
 from bevt.train.phases import Phases
@@ -146,7 +146,7 @@ class Meter:
 
     def __init__(
         self,
-        config: Config,
+        config: AnyConfig,
         world: World,
         names: list[str],
         out: Path,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bevt.config import ConfigError, OptimConfig
+from bevt.config import ConfigError, FinetuneOptimConfig, ModelConfig, OptimConfig
 
 
 def undecayed(name: str) -> bool:
@@ -16,16 +17,76 @@ def undecayed(name: str) -> bool:
     return "norm" in name or name.endswith("relative_position_bias_table")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW over two groups; `fused`: one pass over all parameters, which can be skipped on a device-side flag.
+class Rule(NamedTuple):
+    """What AdamW does to a parameter."""
 
-    Raises ConfigError where `config.impl` cannot serve.
+    factor: float
+    """Its learning rate over the run's."""
+    weight_decay: float
+
+
+def pretraining_rule(config: OptimConfig) -> Callable[[str], Rule]:
+    """One rate for all parameters, by name."""
+    return lambda name: Rule(1.0, 0.0 if undecayed(name) else config.weight_decay)
+
+
+def rungs(depths: Sequence[int]) -> list[str]:
+    """The parts of `VideoSwinClassifier` below its head, from the final norm down, as prefixes of parameters' names.
+
+    Each is a rung of the layer decay: for Swin-B 28, as many as the official configuration lists.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if not undecayed(name)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if undecayed(name)], "weight_decay": 0.0},
-    ]
+    below = ["norm"]
+    for stage in reversed(range(len(depths))):
+        if stage < len(depths) - 1:
+            below.append(f"encoder.layers.{stage}.downsample")
+        below += [f"encoder.layers.{stage}.blocks.{block}" for block in reversed(range(depths[stage]))]
+    return [*below, "patch_embed"]
+
+
+def finetuning_rule(config: FinetuneOptimConfig, model: ModelConfig) -> Callable[[str], Rule]:
+    """The rates and decays of a `VideoSwinClassifier`'s parameters, by name.
+
+    Clean: a parameter's rate is its rung's; norms and bias tables do not decay. With `quirks="official"` what mmcv
+    makes of the official configurations (quirk D): of their keys that occur in a parameter's name the longest counts
+    alone, so that bias tables train at the full rate, and norms inside a layer that has a key decay.
+    """
+    rates = {part: config.layer_decay ** (i + 1) for i, part in enumerate(rungs(model.depths))}
+    decay = config.weight_decay
+
+    def clean(name: str) -> Rule:
+        part = next((part for part in rates if name.startswith((f"{part}.", f"{part}_2d."))), None)
+        return Rule(rates[part] * config.backbone_factor if part else 1.0, 0.0 if undecayed(name) else decay)
+
+    def theirs(name: str) -> str:
+        return name if name.startswith("head.") else f"backbone.{name.removeprefix('encoder.')}"
+
+    keys = {"relative_position_bias_table": Rule(1.0, 0.0), "norm": Rule(1.0, 0.0)}
+    if config.backbone_factor != 1:
+        keys["backbone"] = Rule(config.backbone_factor, decay)
+    if config.layer_decay != 1:
+        keys |= {theirs(part): Rule(rate, 0.0 if part == "norm" else decay) for part, rate in rates.items()}
+    longest_first = sorted(keys, key=len, reverse=True)
+
+    def official(name: str) -> Rule:
+        return next((keys[key] for key in longest_first if key in theirs(name)), Rule(1.0, decay))
+
+    return official if model.quirks == "official" else clean
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, fused: bool = True, rule: Callable[[str], Rule] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over a group for each `rule` that names of parameters have (default: `pretraining_rule`).
+
+    `fused`: one pass over all parameters, which can be skipped on a device-side flag. Raises ConfigError where
+    `config.impl` cannot serve.
+    """
+    rule = rule or pretraining_rule(config)
+    by_rule: dict[Rule, list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            by_rule.setdefault(rule(name), []).append(p)
+    groups: list[dict[str, Any]] = [{"params": members, **kind._asdict()} for kind, members in by_rule.items()]
     if config.impl == "apex":
         return _apex(groups, config)
     settings: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
@@ -65,9 +126,9 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
     """One update at rate `lr` from the gradients, none where `finite` (bool scalar on the device) is False."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # apex's, on the device
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group["factor"])
         else:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
     if optimizer.defaults.get("fused"):
         # The fused optimizer's own switch, GradScaler's: an update under found_inf = 1 changes nothing.
         optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -99,11 +160,15 @@ def total_steps(config: OptimConfig, steps_per_epoch: float) -> int:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Rate of 0-based `step` out of `steps`: cosine to 0 per step, times a linear warm-up from `warmup_factor`.
+    """Rate of 0-based `step` out of `steps`: cosine to 0, times a linear warm-up from `warmup_factor`.
 
-    The warm-up multiplies the cosine, as mmcv's hook does for the official code.
+    The warm-up multiplies the cosine, as mmcv's hook does for the official code. The cosine falls per step, or, where
+    finetuning says so, per epoch.
     """
-    rate = config.lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    done = step / steps
+    if isinstance(config, FinetuneOptimConfig) and config.schedule == "epoch":
+        done = int(done * config.epochs + 1e-9) / config.epochs  # an epoch's first step is its own
+    rate = config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
     warmup = steps * config.warmup_epochs / config.epochs
     if step < warmup:
         rate *= config.warmup_factor + (1.0 - config.warmup_factor) * step / warmup

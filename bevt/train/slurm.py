@@ -1,4 +1,4 @@
-"""`bevt slurm`: a pretraining run as a Slurm job, submitted through submitit.
+"""`bevt slurm`: a training run as a Slurm job, submitted through submitit.
 
 One task a node starts `torchrun`, whose agents meet at the job's first node and start one process a GPU. A process that
 dies is restarted there, with all others, from the last checkpoint. Before the time limit, and where the cluster is set
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bevt.config import Config, ConfigError, UserError, check
+from bevt.config import AnyConfig, Config, ConfigError, UserError, check, check_finetune
 
 MARGIN = 30
 """Seconds of `SlurmOptions.grace` that are left, once the processes have ended, to requeue the job."""
@@ -74,8 +74,8 @@ class SlurmOptions:
     """Print the sbatch script and torchrun's command, and submit nothing; needs submitit, but no Slurm."""
 
 
-def launch(config: Config, options: SlurmOptions, out: Path, words: Sequence[str], *, resume: bool) -> str:
-    """Submit `bevt pretrain WORDS` as a job, or make its script with `options.dry_run`; what to tell the user.
+def launch(config: AnyConfig, options: SlurmOptions, out: Path, words: Sequence[str], *, resume: bool) -> str:
+    """Submit `bevt pretrain WORDS` (or `finetune`) as a job, or make its script with `options.dry_run`; what to say of it.
 
     `config` and `out` are what the words say. Raises ConfigError or SlurmError for what would fail in the job and can
     be seen here, and for what Slurm refuses.
@@ -88,7 +88,8 @@ def launch(config: Config, options: SlurmOptions, out: Path, words: Sequence[str
         raise SlurmError(
             "bevt slurm needs submitit, which is not installed: pip install 'bevt[slurm]', or pip install submitit"
         ) from error
-    folder, node = out.absolute() / "slurm", Node(options, tuple(words))
+    command = "pretrain" if isinstance(config, Config) else "finetune"
+    folder, node = out.absolute() / "slurm", Node(options, (command, *words))
     if options.dry_run:
 
         class Script(submitit.SlurmExecutor):
@@ -105,7 +106,7 @@ def launch(config: Config, options: SlurmOptions, out: Path, words: Sequence[str
     if not shutil.which("sbatch") or not shutil.which("srun"):
         raise SlurmError(
             "no sbatch and srun here: submit from a login node of the cluster. --dry-run shows what would be "
-            f"submitted; without Slurm: torchrun --nproc-per-node {options.gpus_per_node} -m bevt pretrain ..."
+            f"submitted; without Slurm: torchrun --nproc-per-node {options.gpus_per_node} -m bevt {command} ..."
         )
     executor = submitit.SlurmExecutor(folder, max_num_timeout=options.requeues)
     executor.update_parameters(**_parameters(options, folder))
@@ -121,7 +122,7 @@ def launch(config: Config, options: SlurmOptions, out: Path, words: Sequence[str
     )
 
 
-def _check(config: Config, options: SlurmOptions, out: Path, resume: bool) -> None:
+def _check(config: AnyConfig, options: SlurmOptions, out: Path, resume: bool) -> None:
     """Raise ConfigError or SlurmError for a mistake that would otherwise show when the job has started."""
     from bevt.data.build import accumulation
 
@@ -138,9 +139,12 @@ def _check(config: Config, options: SlurmOptions, out: Path, resume: bool) -> No
     for word in options.sbatch:
         if word.startswith(("-", "=")):
             raise ConfigError(f"--sbatch takes options as KEY=VALUE or KEY, without dashes, got {word!r}")
-    check(config)
+    if isinstance(config, Config):
+        check(config)
+    else:
+        check_finetune(config)
     accumulation(config, options.nodes * options.gpus_per_node)
-    if not Path(config.tokenizer.path).is_file():
+    if isinstance(config, Config) and not Path(config.tokenizer.path).is_file():
         raise ConfigError(f"tokenizer.path = {config.tokenizer.path!r} is no file that is seen here")
     if config.init and not Path(config.init).exists():
         raise ConfigError(f"init = {config.init!r} is not seen here")
@@ -187,7 +191,7 @@ class Node:
 
     options: SlurmOptions
     words: tuple[str, ...]
-    """Arguments of `bevt pretrain`."""
+    """Arguments of `bevt`."""
 
     def command(self, job: str, host: str, port: str, first: str) -> list[str]:
         """The call of torchrun; `first`: "true" on the node `host`, which holds the rendezvous."""
@@ -196,7 +200,7 @@ class Node:
             *("--nnodes", str(self.options.nodes), "--nproc-per-node", str(self.options.gpus_per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", job),
             *("--rdzv-conf", f"is_host={first}", "--max-restarts", str(self.options.restarts)),
-            *("-m", "bevt", "pretrain", *self.words, "--resume"),
+            *("-m", "bevt", *self.words, "--resume"),
         ]
 
     def __call__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from bevt import draws, masking
-from bevt.config import Config, MaskConfig, ModelConfig
+from bevt.config import AnyConfig, Config, MaskConfig, ModelConfig
 from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.data.sampling import STREAMS
@@ -59,7 +59,7 @@ def masked_inputs(
     if cache is not None:
         cache.add({stream: found.records[~found.known] for stream, found in held.items()}, new)
         for stream, found in held.items():
-            codes[stream].index_copy_(0, _sent(needed[stream][found.known], device), _sent(found.codes, device))
+            codes[stream].index_copy_(0, sent(needed[stream][found.known], device), sent(found.codes, device))
     if batch.clips is not None and batch.clip_masks is not None:
         clips, mask = batch.clips, batch.clip_masks
         slots = PATCH[0] * slots_for(config.clip_mask, mask, device)
@@ -77,7 +77,7 @@ def _codes(
     frames: dict[str, Tensor], chosen: dict[str, np.ndarray], tokenizer: Tokenizer, view: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Codes (N, h, w) of each stream's frames (N, H, W, 3), tokenised together, only where chosen; and those alone."""
-    index = {stream: _sent(numbers, frames[stream].device) for stream, numbers in chosen.items()}
+    index = {stream: sent(numbers, frames[stream].device) for stream, numbers in chosen.items()}
     views = torch.cat([frames[stream].index_select(0, numbers) for stream, numbers in index.items()])
     new = tokenizer.encode(augment.tokenizer_view(views, view))
     parts = new.split([len(numbers) for numbers in index.values()])
@@ -111,7 +111,7 @@ def _frames(mask: Tensor, everything: bool) -> np.ndarray:
     return used.nonzero()[0]
 
 
-def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
     """On its way to `device`, which nobody waits for."""
     host = torch.from_numpy(values)
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
@@ -131,7 +131,7 @@ def drop_factors(config: ModelConfig, seeds: np.ndarray) -> np.ndarray:
     return ((drawn.T.reshape(len(rates), 2, -1) >= rates) / (1 - rates)).astype(np.float32)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
+def autocast(config: AnyConfig, device: torch.device) -> torch.autocast:
     """The context of a forward pass in `config.train.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
@@ -149,7 +149,46 @@ class StepResult:
     """Int scalar: index, in the order of `model.parameters()`, of the last non-finite gradient; -1: all are finite."""
 
 
-class TrainStep:
+class Step:
+    """What makes a step of a model from micro-batches; this part of it clips and applies the gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: AnyConfig,
+        world: World,
+        phases: Phases | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
+        self.phases = phases or Phases(model, world.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
+        """One step at learning rate `lr`. `batches` are this process's micro-batches, as loaded."""
+        raise NotImplementedError
+
+    def _update(self, lr: float, sums: dict[str, Tensor]) -> StepResult:
+        """Clip and apply the gradients, or skip the update on the device where anything is not finite."""
+        grads = [cast(Tensor, p.grad) for p in self.parameters]
+        norms = self.world.norms(grads)
+        total = torch.linalg.vector_norm(norms)
+        order = torch.arange(len(grads), device=norms.device)
+        worst = torch.where(norms.isfinite(), -1, order).amax()
+        # Of all processes: one that skips what another applies would leave them with different weights.
+        finite = self.world.all(sums["loss"].isfinite() & (worst < 0))
+        if self.config.optim.clip_grad > 0:
+            torch._foreach_mul_(grads, (self.config.optim.clip_grad / (total + 1e-6)).clamp(max=1.0))
+        optim.update(self.optimizer, lr, finite)
+        self._clear(grads)
+        return StepResult({**sums, "grad_norm": total}, finite, worst)
+
+    def _clear(self, grads: list[Tensor]) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+class TrainStep(Step):
     """Forward, backward and update over the micro-batches of one step.
 
     A stream's loss is the mean over all masked positions of the global batch, whatever shares of them the micro-batches
@@ -167,10 +206,9 @@ class TrainStep:
         cache: TokenCache | None = None,
         phases: Phases | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.config, self.world, self.cache = config, world, cache
-        self.phases = phases or Phases(model, world.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, optimizer, config, world, phases)
+        self.config: Config = config
+        self.tokenizer, self.cache = tokenizer, cache
         self.streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
         self.passes = [self.streams] if config.path == "reference" else [[s] for s in self.streams]
         if config.train.cuda_graphs:  # gradients are added to what is there: autograd would keep those in a graph's
@@ -232,30 +270,17 @@ class TrainStep:
         counts = np.array(
             [[getattr(batch, f"{stream[:-1]}_masks").numpy().sum() for stream in self.streams] for batch in batches]
         )
-        own = _sent(counts.astype(np.float64), self.world.device)
+        own = sent(counts.astype(np.float64), self.world.device)
         return own / self.world.mean(own.sum(0)).clamp(min=1 / self.world.size)
 
     def _dropped(self, inputs: MaskedInput, seeds: Tensor | None) -> MaskedInput:
         """`inputs` with drop path's factors, where there are any."""
         if seeds is None or self.config.model.drop_path == 0:
             return inputs
-        return replace(inputs, drop=_sent(drop_factors(self.config.model, seeds.numpy()), self.world.device))
+        return replace(inputs, drop=sent(drop_factors(self.config.model, seeds.numpy()), self.world.device))
 
-    def _update(self, lr: float, sums: dict[str, Tensor]) -> StepResult:
-        """Clip and apply the gradients, or skip the update on the device where anything is not finite."""
-        grads = [cast(Tensor, p.grad) for p in self.parameters]
-        norms = self.world.norms(grads)
-        total = torch.linalg.vector_norm(norms)
-        order = torch.arange(len(grads), device=norms.device)
-        worst = torch.where(norms.isfinite(), -1, order).amax()
-        # Of all processes: one that skips what another applies would leave them with different weights.
-        finite = self.world.all(sums["loss"].isfinite() & (worst < 0))
-        if self.config.optim.clip_grad > 0:
-            torch._foreach_mul_(grads, (self.config.optim.clip_grad / (total + 1e-6)).clamp(max=1.0))
-        optim.update(self.optimizer, lr, finite)
+    def _clear(self, grads: list[Tensor]) -> None:
         if self.config.train.cuda_graphs:
             torch._foreach_zero_(grads)
         else:
-            for p in self.parameters:
-                p.grad = None
-        return StepResult({**sums, "grad_norm": total}, finite, worst)
+            super()._clear(grads)

@@ -27,8 +27,8 @@ from bevt.data.files import ReadError
 from bevt.data.manifest import MOST_NAMED, Manifest, index
 from bevt.data.sampling import STREAMS, Sampler, Stream
 from bevt.train.distributed import World
-from bevt.train.loop import pretrain
 from bevt.train.metrics import BadFiles, read_rows
+from bevt.train.pretrain import pretrain
 from tests.train import conftest as trainer
 from tests.train.tiny import changed, train_rows
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
-from bevt.train.loop import pretrain
 from bevt.train.metrics import read_rows
+from bevt.train.pretrain import pretrain
 
 HERE = Path(__file__).parent
 STEPS = 200

@@ -14,7 +14,7 @@ from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from bevt.data import shapes
 from bevt.data.batch import Batch
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-from bevt.train.loop import pretrain
+from bevt.train.pretrain import pretrain
 
 CODES = 32
 

@@ -21,9 +21,9 @@ from bevt.config import Config, from_dict
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import memory
 from bevt.train.distributed import World
-from bevt.train.loop import build_model
 from bevt.train.metrics import RunError
 from bevt.train.optim import build_optimizer
+from bevt.train.pretrain import build_model
 from bevt.train.step import TrainStep
 
 WORLD = World(0, 1, torch.device("cpu"))

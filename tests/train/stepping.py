@@ -14,8 +14,8 @@ from bevt.config import Config
 from bevt.data.batch import Batch
 from bevt.models.bevt import BEVT
 from bevt.train.distributed import World
-from bevt.train.loop import build_model
 from bevt.train.optim import build_optimizer
+from bevt.train.pretrain import build_model
 from bevt.train.step import StepResult, TrainStep
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -19,8 +19,8 @@ from bevt.data.batch import Batch
 from bevt.models.bevt import BEVT
 from bevt.models.region import Region, compile_regions
 from bevt.train.distributed import World
-from bevt.train.loop import build_model, pretrain
 from bevt.train.optim import build_optimizer
+from bevt.train.pretrain import build_model, pretrain
 from bevt.train.step import TrainStep
 
 REASONS = compile_reasons(Spec("cpu", torch.float32))

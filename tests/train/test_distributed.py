@@ -12,8 +12,8 @@ from tiny import TORCHRUN, changed, command, output
 
 from bevt.config import Config
 from bevt.train import checkpoint
-from bevt.train.loop import pretrain
 from bevt.train.metrics import read_rows
+from bevt.train.pretrain import pretrain
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo")
 

@@ -19,8 +19,8 @@ from bevt.evaluate.masked_tokens import constant_prediction, evaluate
 from bevt.models.bevt import BEVT
 from bevt.tokenizers import Tokenizer
 from bevt.train import checkpoint
-from bevt.train.loop import build_model, pretrain
 from bevt.train.metrics import read_rows
+from bevt.train.pretrain import build_model, pretrain
 from bevt.train.step import masked_inputs
 
 CPU = torch.device("cpu")

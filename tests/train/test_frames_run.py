@@ -10,8 +10,8 @@ from tiny import changed, figures
 
 from bevt.config import Config
 from bevt.data import shapes
-from bevt.train.loop import pretrain
 from bevt.train.metrics import RunError
+from bevt.train.pretrain import pretrain
 
 
 def test_a_run_on_frames(config: Config, dataset: shapes.ShapesPaths, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from tiny import changed, figures, train_rows
 from bevt.config import Config, ConfigError
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import checkpoint
-from bevt.train.loop import RunError, pretrain
+from bevt.train.metrics import RunError
+from bevt.train.pretrain import pretrain
 
 
 @pytest.fixture

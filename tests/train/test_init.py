@@ -13,7 +13,7 @@ from bevt.config import Config
 from bevt.models.weights import WeightsError
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train import checkpoint
-from bevt.train.loop import pretrain
+from bevt.train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def image_weights(image_stage: Config, tmp_path_factory: pytest.TempPathFactory)
 def first_checkpoint(config: Config, init: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """The weights with which a run from `init` starts."""
     with monkeypatch.context() as patch:
-        patch.setattr("bevt.train.loop.build_optimizer", signalling())
+        patch.setattr("bevt.train.pretrain.build_optimizer", signalling())
         result = pretrain(replace(config, init=str(init)), out, quiet=True)
     assert result.step == 0
     return checkpoint.load(result.checkpoint)["model"]

@@ -20,9 +20,10 @@ from bevt.data import DataError
 from bevt.data.manifest import index
 from bevt.models.bevt import BEVT
 from bevt.train import checkpoint
-from bevt.train.loop import RunError, build_model, build_optimizer, pretrain
-from bevt.train.metrics import Display, MetricsWriter, read_rows
+from bevt.train.metrics import Display, MetricsWriter, RunError, read_rows
+from bevt.train.optim import build_optimizer
 from bevt.train.phases import PHASES
+from bevt.train.pretrain import build_model, pretrain
 
 KEYS = [
     *("event", "step", "loss", "loss_clips", "accuracy_clips", "loss_images", "accuracy_images", "grad_norm", "lr"),
@@ -137,8 +138,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
         seen.setdefault("weights", {name: value.clone() for name, value in seen["model"].state_dict().items()})
         return gradient.fill_(torch.nan)
 
-    monkeypatch.setattr("bevt.train.loop.build_model", poisoned)
-    monkeypatch.setattr("bevt.train.loop.build_optimizer", optimizer)
+    monkeypatch.setattr("bevt.train.pretrain.build_model", poisoned)
+    monkeypatch.setattr("bevt.train.pretrain.build_optimizer", optimizer)
     with pytest.raises(RunError) as caught:
         pretrain(changed(config, train={"checkpoint_every": 1}), tmp_path, quiet=True)
 
@@ -253,7 +254,8 @@ def test_the_terminal_is_left_as_it_was(
         raise RuntimeError("no")
 
     monkeypatch.setattr("bevt.train.loop.Display", Terminal)
-    monkeypatch.setattr(f"bevt.train.loop.{failing}", fail)
+    module = "loop" if failing == "MetricsWriter" else "pretrain"
+    monkeypatch.setattr(f"bevt.train.{module}.{failing}", fail)
     with pytest.raises(RuntimeError, match="no"):
         pretrain(config, tmp_path, quiet=False)
     (display,) = displays

@@ -20,7 +20,7 @@ from bevt.models.video_swin import SwinBlock
 from bevt.recipes import RECIPES
 from bevt.train import memory
 from bevt.train.distributed import World
-from bevt.train.loop import build_model, pretrain
+from bevt.train.pretrain import build_model, pretrain
 
 WORLD = World(0, 1, torch.device("cpu"))
 DEMO = RECIPES["demo_joint_stage"]()

@@ -15,8 +15,8 @@ from tiny import changed, figures
 
 from bevt.config import Config, ConfigError, ModelConfig, OptimConfig
 from bevt.models.bevt import BEVT
-from bevt.train.loop import pretrain
 from bevt.train.optim import build_optimizer, learning_rate, total_steps, update
+from bevt.train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from tiny import changed, train_rows
 
 from bevt.config import Config
 from bevt.train.distributed import World
-from bevt.train.loop import pretrain
 from bevt.train.metrics import Meter, RunError
 from bevt.train.phases import PHASES
+from bevt.train.pretrain import pretrain
 from bevt.train.profile import Profile
 from bevt.train.step import StepResult
 

@@ -18,8 +18,8 @@ from tiny import ENVIRONMENT, ROOT, changed, command, descendants, figures, sign
 
 from bevt.config import Config
 from bevt.train import checkpoint
-from bevt.train.loop import pretrain
 from bevt.train.metrics import Display, MetricsWriter
+from bevt.train.pretrain import pretrain
 
 STEPS, EVERY = 20, 6
 """Steps of the run, and between its checkpoints; an epoch has 3.5 steps."""
@@ -135,7 +135,7 @@ def test_sigterm(long: Config, uninterrupted: Path, tmp_path: Path) -> None:
 def test_sigterm_before_the_first_step(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the model is built, say: the run stops with its initial weights, and goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr("bevt.train.loop.build_optimizer", signalling())
+        patch.setattr("bevt.train.pretrain.build_optimizer", signalling())
         result = pretrain(config, tmp_path / "run", quiet=True)
     assert (result.step, result.finished) == (0, False)
     assert pretrain(config, tmp_path / "run", resume=True, quiet=True).finished

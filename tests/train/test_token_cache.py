@@ -27,8 +27,8 @@ from bevt.data.batch import Batch
 from bevt.models.bevt import MaskedInput
 from bevt.tokenizers.cache import HEADER, TokenCache
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
-from bevt.train.loop import pretrain
 from bevt.train.metrics import Display
+from bevt.train.pretrain import pretrain
 from bevt.train.step import masked_inputs
 
 RECORD = 4 * 4 * 2 + 4

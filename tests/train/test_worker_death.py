@@ -14,7 +14,7 @@ from tiny import changed, figures
 
 from bevt.config import Config
 from bevt.data import DataError
-from bevt.train.loop import pretrain
+from bevt.train.pretrain import pretrain
 from bevt.train.step import StepResult, TrainStep
 
 

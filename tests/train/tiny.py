@@ -19,8 +19,8 @@ from torch import nn
 
 from bevt.config import Config, to_dict
 from bevt.recipes import RECIPES
-from bevt.train.loop import build_optimizer
 from bevt.train.metrics import read_rows
+from bevt.train.optim import build_optimizer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,163 @@
+"""What `bevt test` and `bevt predict` do with a finetuned model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from bevt.config import ConfigError, FinetuneConfig, check_finetune
+from bevt.data.build import source_kind, view_batches
+from bevt.data.classes import class_numbers
+from bevt.data.entry import Entry
+from bevt.data.manifest import Manifest, open_source
+from bevt.data.probe import probe
+from bevt.evaluate.classification import ORDERS, classify
+from bevt.evaluate.predictions import Predictions
+from bevt.pictures.answers import answer
+from bevt.pictures.confusion import confusion
+from bevt.train.distributed import World, join_world
+from bevt.train.finetune import head_names, own_config, restore, stream_of
+from bevt.train.metrics import RunError
+
+
+def tested_config(path: Path, recipe: FinetuneConfig) -> FinetuneConfig:
+    """The configuration that a checkpoint is tested with before flags change it: its own, or `recipe` of a file.
+
+    Raises ConfigError where the checkpoint is of another recipe, CheckpointError where it is none of a finetuned model.
+    """
+    if not path.is_dir():
+        return recipe
+    own = own_config(path)
+    if own.recipe not in (recipe.recipe, "custom"):
+        raise ConfigError(f"{path} was made by recipe {own.recipe!r}: say `bevt test {own.recipe} {path}`")
+    return own
+
+
+def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | None, temporal: bool) -> str:
+    """Classify the held-out files of `config` by the model in `path`; the report, in the first of several processes.
+
+    `out` and `dump` as in `bevt test`. Raises what `restore` and `classify` do, and RunError for files that cannot be
+    written.
+    """
+    stream = stream_of(config)
+    source = getattr(config.data, f"val_{stream}")
+    if not source:
+        raise ConfigError(f"data.val_{stream} is empty: name the held-out files with --data.val-{stream}")
+    if out is None:
+        if not path.is_dir():
+            raise ConfigError(f"--out is needed: {path} has no run's folder to write the scores into")
+        out = path.resolve().parent.parent / "test"
+    if temporal and (stream == "images" or config.head.probes):
+        raise ConfigError("--temporal is for models of clips with one head")
+    check_finetune(_labelled(config))
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    world = join_world()
+    try:
+        model, classes = restore(path, config, world.device)
+        if world.main:  # probed in one process before the others need it
+            open_source(source, source_kind(config.data, stream))
+        world.barrier()
+        manifest = open_source(source, source_kind(config.data, stream), kept=True)
+        found = classify(
+            model,
+            config,
+            manifest,
+            classes,
+            world,
+            clips=config.test.clips if stream == "clips" else 1,
+            crops=config.test.crops,
+            labels=class_numbers(manifest, classes),
+            heads=head_names(config) or ("",),
+            orders=ORDERS if temporal else ("normal",),
+            about={"recipe": config.recipe, "checkpoint": str(path), "files": source},
+        )
+    finally:
+        world.close()
+    if not world.main:
+        return ""
+    named = {head or order: predictions for (head, order), predictions in found.items()}
+    if dump:
+        next(iter(named.values())).save(dump)
+    return report(named, out)
+
+
+def _labelled(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` as a run's: one that tests has no need of training files."""
+    stream = stream_of(config)
+    source = getattr(config.data, stream) or getattr(config.data, f"val_{stream}")
+    return replace(config, data=replace(config.data, **{stream: source}))
+
+
+def report(named: Mapping[str, Predictions], out: Path) -> str:
+    """Write `scores.json`, and of the first predictions `classes.csv` and `confusion.png`, into `out`; what they say.
+
+    `named`: by head, or by order of frames. Raises RunError where `out` cannot be written.
+    """
+    first = next(iter(named.values()))
+    scores = {name: predictions.scores() for name, predictions in named.items()}
+    views = first.probabilities.shape[1:3]
+    rows = first.per_class()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        about = {**first.about, "clips": views[0], "crops": views[1]}
+        summary = {**about, **{name: asdict(each) for name, each in scores.items()}}
+        (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with open(out / "classes.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "files", "top1", "most often taken for", "share"])
+            writer.writerows([row.name, row.files, row.top1, row.confused, row.share] for row in rows)
+        confusion(out / "confusion.png", first.confusion(), first.classes, f"{len(first.files)} files")
+    except OSError as error:
+        raise RunError(f"cannot write the scores to {out}: {error.strerror}; name a folder with --out") from error
+    console = Console(highlight=False, soft_wrap=True)
+    with console.capture() as text:
+        console.print(f"{len(first.files)} files, {views[0]} x {views[1]} views each")
+        for name, each in scores.items():
+            drop = f"  {100 * (each.top1 - next(iter(scores.values())).top1):+.1f}" if len(scores) > 1 else ""
+            console.print(f"{name:>12}: {each}{drop}")
+        console.print(first.table())
+        console.print(f"scores, classes and confusion: {out}")
+    return text.get().rstrip()
+
+
+def predict(path: Path, file: Path, picture: Path, *, top: int) -> list[tuple[str, float]]:
+    """The `top` likeliest classes of a file, (name, probability), over the checkpoint's test views; draws `picture`.
+
+    Raises RunError for a file that cannot be read, and as `restore`.
+    """
+    config = own_config(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, classes = restore(path, config, device)
+    stream = stream_of(config)
+    kind = source_kind(config.data, stream)
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise RunError(f"{file} cannot be opened ({error.strerror})") from error
+    entry = probe(str(file.resolve().parent), kind, Entry(file.name, status.st_size, status.st_mtime_ns))
+    if entry.error:
+        raise RunError(f"{file} cannot be read as one of the {kind}: {entry.error}")
+    if file.is_dir():
+        raise RunError(f"{file} is a folder: name one of its files, or test all with `bevt test`")
+    config = replace(config, data=replace(config.data, workers=0))
+    manifest = Manifest(kind, str(file.resolve().parent), (entry,))
+    clips, crops = config.test.clips if stream == "clips" else 1, config.test.crops
+    world = World(0, 1, device)
+    heads = head_names(config) or ("",)
+    found = classify(model, config, manifest, classes, world, clips=clips, crops=crops, heads=heads)
+    likely = next(iter(found.values())).video_level()[0]
+    order = np.argsort(-likely, kind="stable")[:top]
+    named = [(classes[i], float(likely[i])) for i in order]
+    (batch,) = view_batches(config, stream, manifest, [0], clips=1, crops=1, files=1)
+    frames = batch.clips[0] if batch.clips is not None else batch.images  # of images (1, H, W, 3)
+    assert frames is not None
+    answer(picture, frames.cpu().numpy(), [n for n, _ in named], [p for _, p in named], title=file.name)
+    return named

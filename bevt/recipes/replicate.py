@@ -1,0 +1,98 @@
+"""The paper's experiments at a size that two CPU cores finish in an hour, on the embedded dataset (`bevt replicate`).
+
+Clips of 8 frames and stills, 96x96: a 4x6x6 grid of positions; the encoder has four stages of two blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bevt.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneTrainConfig,
+    HeadConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    TestConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+IMAGES = ModelConfig(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(1, 6, 6), drop_path=0.0)
+CLIPS = replace(IMAGES, window_size=(4, 6, 6))
+
+DATA = DataConfig(frames=8, stride=4, short_side=(96, 112), crop=96, flip=0.0, jitter=0.0, workers=0, backend="pyav")
+"""Without flips, which would turn left into right."""
+
+
+def replicate_image_stage() -> Config:
+    """BEVT-I of `bevt replicate`.
+
+    Command: bevt replicate (which fills in data and tokenizer). Cost and result: see replication/README.md.
+    """
+    return Config(
+        recipe="replicate_image_stage",
+        model=IMAGES,
+        tokenizer=TokenizerConfig(kind="vq"),
+        image_mask=MaskConfig(kind="block", min_block=4),
+        clip_mask=MaskConfig(kind="tube", min_block=4),
+        data=DATA,
+        optim=OptimConfig(lr=2e-3, max_steps=400, epochs=1, warmup_epochs=0.1),
+        train=TrainConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
+    )
+
+
+def replicate_joint_stage() -> Config:
+    """BEVT of `bevt replicate`; without images BEVT-V.
+
+    Command: bevt replicate. Cost and result: see replication/README.md.
+    """
+    base = replicate_image_stage()
+    return replace(
+        base,
+        recipe="replicate_joint_stage",
+        model=CLIPS,
+        optim=replace(base.optim, lr=1e-3, max_steps=400),
+        train=replace(base.train, clips=8, images=16, micro_clips=8, micro_images=16),
+    )
+
+
+def replicate_finetune() -> FinetuneConfig:
+    """Finetuning of `bevt replicate`.
+
+    Command: bevt replicate. Cost and result: see replication/README.md.
+    """
+    return FinetuneConfig(
+        recipe="replicate_finetune",
+        model=CLIPS,
+        head=HeadConfig(dropout=0.0),
+        data=replace(DATA, short_side=(96, 104)),
+        augment=AugmentConfig(label_smoothing=0.1),
+        optim=FinetuneOptimConfig(
+            lr=1e-3, weight_decay=0.05, clip_grad=5.0, layer_decay=0.9, max_steps=200, epochs=1, warmup_epochs=0.1
+        ),
+        train=FinetuneTrainConfig(
+            clips=16, images=0, micro_clips=16, precision="float32", eval_every=1, checkpoint_every=100, keep=1
+        ),
+        test=TestConfig(clips=1, crops=1),
+    )
+
+
+def replicate_image_supervised() -> FinetuneConfig:
+    """The image-supervised start of `bevt replicate`: shapes of stills.
+
+    Command: bevt replicate. Cost and result: see replication/README.md.
+    """
+    base = replicate_finetune()
+    return replace(
+        base,
+        recipe="replicate_image_supervised",
+        model=IMAGES,
+        optim=replace(base.optim, layer_decay=1.0, max_steps=400),
+        train=replace(base.train, clips=0, images=32, micro_images=32),
+    )

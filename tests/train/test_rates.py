@@ -1,0 +1,125 @@
+"""Every parameter's learning rate and weight decay in finetuning, against the published configurations.
+
+The official keys are those of BEVT's `swin_base_patch244_window877_bevt_finetune_k400.py` and
+`swin_base_patch244_window1677_bevt_finetune_ssv2.py` (its commit 8881b21), and mmcv 1.3.3's rule for them
+(`DefaultOptimizerConstructor`): the longest key that is part of a parameter's name counts, alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bevt.config import FinetuneConfig, FinetuneOptimConfig
+from bevt.models.classifier import VideoSwinClassifier
+from bevt.recipes import FINETUNE_RECIPES
+from bevt.train.optim import build_optimizer, finetuning_rule, learning_rate, rungs, update
+
+RUNGS = [
+    "norm",
+    *("layers.3.blocks.1", "layers.3.blocks.0", "layers.2.downsample"),
+    *(f"layers.2.blocks.{i}" for i in range(17, -1, -1)),
+    *("layers.1.downsample", "layers.1.blocks.1", "layers.1.blocks.0"),
+    *("layers.0.downsample", "layers.0.blocks.1", "layers.0.blocks.0"),
+    "patch_embed",
+]
+"""From the head down, as the official Kinetics-400 configuration lists them."""
+
+
+def parameters(config: FinetuneConfig) -> dict[str, torch.nn.Parameter]:
+    """Swin-B's, without data."""
+    with torch.device("meta"):
+        return dict(VideoSwinClassifier(config.model, 400).named_parameters())
+
+
+def official_name(name: str) -> str:
+    """In the official code."""
+    return (
+        name.replace("head.", "cls_head.fc_cls.")
+        if name.startswith("head.")
+        else "backbone." + name.replace("encoder.", "")
+    )
+
+
+def mmcv(name: str, keys: dict[str, tuple[float, float]], decay: float) -> tuple[float, float]:
+    """(rate's multiple, weight decay) that mmcv gives a parameter; `keys`: multiples of both."""
+    for key in sorted(sorted(keys), key=len, reverse=True):
+        if key in name:
+            return keys[key][0], keys[key][1] * decay
+    return 1.0, decay
+
+
+K400 = {
+    "relative_position_bias_table": (1.0, 0.0),
+    "norm": (1.0, 0.0),
+    "backbone.norm": (0.9, 0.0),
+    **{f"backbone.{part}": (0.9 ** (i + 1), 1.0) for i, part in enumerate(RUNGS) if part != "norm"},
+}
+SSV2 = {"relative_position_bias_table": (1.0, 0.0), "norm": (1.0, 0.0), "backbone": (0.1, 1.0)}
+
+
+@pytest.mark.parametrize(("recipe", "keys"), [("k400", K400), ("diving48", K400), ("ssv2", SSV2)])
+def test_official_rates_of_every_parameter(recipe: str, keys: dict[str, tuple[float, float]]) -> None:
+    """Quirk D: bias tables at the full rate, norms of the blocks decayed."""
+    config = FINETUNE_RECIPES[recipe]()
+    rule = finetuning_rule(config.optim, replace(config.model, quirks="official"))
+    names = parameters(config)
+    assert len(names) == 329
+    for name in names:
+        assert rule(name) == pytest.approx(mmcv(official_name(name), keys, config.optim.weight_decay)), name
+    assert rule("encoder.layers.0.blocks.0.attn.relative_position_bias_table") == (1.0, 0.0)
+    assert rule("encoder.layers.0.blocks.0.norm1.weight").weight_decay == config.optim.weight_decay
+
+
+@pytest.mark.parametrize("recipe", ["k400", "diving48"])
+def test_layer_decay_of_every_parameter(recipe: str) -> None:
+    """Clean: 28 rungs below the head, each 0.9 of the one above; no decay on norms and bias tables."""
+    config = FINETUNE_RECIPES[recipe]()
+    rule = finetuning_rule(config.optim, config.model)
+    assert [part.replace("encoder.", "") for part in rungs(config.model.depths)] == RUNGS
+    assert len(RUNGS) == 29
+    for name in parameters(config):
+        below = name.replace("encoder.", "")
+        (rung,) = [i + 1 for i, part in enumerate(RUNGS) if below.startswith(f"{part}.")] or [0]
+        bare = "norm" in below or "bias_table" in below
+        assert rule(name) == pytest.approx((0.9**rung, 0.0 if bare else 0.001)), name
+    assert rule("head.weight") == (1.0, 0.001)
+    assert rule("patch_embed.proj.weight").factor == pytest.approx(0.9**29)
+
+
+def test_backbone_factor_of_every_parameter() -> None:
+    """Clean Something-Something: a tenth below the head, bias tables too."""
+    config = FINETUNE_RECIPES["ssv2"]()
+    rule = finetuning_rule(config.optim, config.model)
+    for name in parameters(config):
+        bare = "norm" in name or "bias_table" in name
+        assert rule(name) == pytest.approx((1.0 if name.startswith("head.") else 0.1, 0.0 if bare else 0.05)), name
+
+
+def test_groups_have_the_rates_and_an_update_uses_them() -> None:
+    """SGD-like: the first step of AdamW without decay moves every weight by its rate."""
+    model = torch.nn.ModuleDict({"norm": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    optim = FinetuneOptimConfig(layer_decay=0.5, weight_decay=0.0)
+    optimizer = build_optimizer(model, optim, rule=finetuning_rule(optim, FINETUNE_RECIPES["k400"]().model))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    update(optimizer, 1e-2, torch.tensor(True))
+    for name, p in model.named_parameters():
+        moved = 1e-2 * (0.5 if name.startswith("norm") else 1.0)
+        torch.testing.assert_close(before[name] - p, torch.full_like(p, moved), rtol=1e-5, atol=0)
+
+
+def test_the_cosine_by_epoch() -> None:
+    """As mmcv's CosineAnnealing with `by_epoch`: constant within an epoch, times the warm-up by iteration."""
+    config = replace(FINETUNE_RECIPES["k400"]().optim, epochs=60)
+    steps = 60 * 100
+    for step in (0, 99, 100, 249, 250, 251, 3000, 3099, 5999):
+        epoch = step // 100
+        expected = 3e-4 * 0.5 * (1 + math.cos(math.pi * epoch / 60))
+        if step < 250:
+            expected *= 1 - (1 - step / 250) * (1 - 0.1)
+        assert learning_rate(config, step, steps) == pytest.approx(expected, rel=1e-12), step

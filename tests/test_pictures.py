@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from bevt import masking
 from bevt.config import ConfigError, MaskConfig
-from bevt.pictures import curves, masks, strip
+from bevt.pictures import answer, confusion, curves, masks, strip
 
 CLIPS, IMAGES, NOTE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xB0, 0x00, 0x00)
 GREY, EDGE, DARK = (128, 128, 128), (255, 196, 0), (38, 60, 92)
@@ -261,3 +263,100 @@ def test_mask_sheet_refuses_what_cannot_be_drawn(tmp_path: Path) -> None:
         masks(tmp_path / "masks.png", [])
     with pytest.raises(ConfigError, match="min_block"):
         masks(tmp_path / "masks.png", grid=(8, 4, 4))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of the pictures that a test saves, in the order they were put there."""
+    words: list[str] = []
+    real = Figure.savefig
+
+    def spy(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        real(figure, *args, **kwargs)
+        words.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return words
+
+
+def test_confusion_colours_each_row_by_its_shares(tmp_path: Path) -> None:
+    """Anchored at the grey row of the class without files, between the others: 64-pixel cells."""
+    counts = np.array([[7, 0, 0], [0, 0, 0], [30, 10, 60]])
+    confusion(tmp_path / "new" / "confusion.png", counts, ["a", "b", "c"], "three classes")
+    picture = pixels(tmp_path / "new" / "confusion.png")
+    grey = where(picture, (217, 217, 217), 1)
+    y, x = (int(np.flatnonzero(grey.sum(axis) > 40)[0]) for axis in (1, 0))
+    brightness = np.array([[picture[y + 64 * i + 10, x + 64 * j + 10].sum() for j in range(3)] for i in (-1, 0, 1)])
+    np.testing.assert_allclose(brightness[1], 3 * 217, atol=3)
+    assert brightness[0, 0] < brightness[2, 2] < brightness[2, 0] < brightness[2, 1] < brightness[0, 1]
+    assert brightness[0, 1] == brightness[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("k", "numbers", "names", "listed"),
+    [(4, True, 4, 0), (30, True, 30, 0), (31, False, 31, 0), (60, False, 60, 0), (61, False, 31, 10), (400, 0, 58, 10)],
+)
+def test_confusion_has_as_many_words_as_fit(
+    tmp_path: Path, written: list[str], k: int, numbers: bool, names: int, listed: int
+) -> None:
+    counts = 17 * np.eye(k, dtype=np.int64) + 3 * np.eye(k, k=1, dtype=np.int64)
+    confusion(tmp_path / "confusion.png", counts, [f"class {i}" for i in range(k)], "")
+    assert [written.count(share) for share in ("85", "15")] == ([k - 1, k - 1] if numbers else [0, 0])
+    assert sum(word.startswith("class ") for word in written) == 2 * names
+    assert sum(word.count("3 of 20 (15 %)") for word in written) == listed
+
+
+def test_confused_pairs_begin_with_the_most_files(tmp_path: Path, written: list[str]) -> None:
+    counts = 90 * np.eye(70, dtype=np.int64)
+    counts[3, 4], counts[5, 6], counts[8, 7] = 10, 30, 10
+    counts[8, 8] = 0
+    confusion(tmp_path / "confusion.png", counts, [f"class {i}" for i in range(70)], "")
+    (text,) = (word for word in written if "confused" in word)
+    assert text.splitlines()[-3:] == [
+        "30 of 120 (25 %)  class 5  →  class 6",
+        "10 of 10 (100 %)  class 8  →  class 7",
+        "10 of 100 (10 %)  class 3  →  class 4",
+    ]
+
+
+@pytest.mark.parametrize("counts", [np.eye(3, dtype=int), np.eye(2), np.zeros((2, 3), int)])
+def test_confusion_refuses_counts_that_do_not_fit(tmp_path: Path, counts: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"counts must be \(2, 2\) integers"):
+        confusion(tmp_path / "confusion.png", counts, ["a", "b"], "")
+
+
+def test_answer_has_a_bar_for_each_of_the_likeliest_classes(tmp_path: Path, written: list[str]) -> None:
+    shares = [0.04, 0.1, 0.25, 0.1, 0.5, 0.01]
+    answer(tmp_path / "new" / "answer.png", flat_clip(1), list("abcdef"), shares, "a clip")
+    bars = where(pixels(tmp_path / "new" / "answer.png"), CLIPS).sum(1)
+    first = np.flatnonzero(np.diff((bars > 0).astype(int)) == 1) + 3  # a row of pixels inside each bar
+    np.testing.assert_allclose(bars[first], 616 * np.array([0.5, 0.25, 0.1, 0.1, 0.04]), atol=1.5)
+    assert [word for word in written if word in "abcdef" and word] == ["e", "c", "b", "d", "a"]
+    assert [word for word in written if "%" in word] == ["50.0 %", "25.0 %", "10.0 %", "10.0 %", "4.0 %"]
+
+
+def test_answer_shows_frames_in_their_shape(tmp_path: Path) -> None:
+    answer(tmp_path / "answer.png", flat_clip(16, 64, 128), ["a", "b"], torch.tensor([0.5, 0.5]), "16 frames")
+    picture = pixels(tmp_path / "answer.png")
+    areas = [int(where(picture, colour(t)).sum()) for t in range(16)]
+    assert areas == [96 * 192, 0] * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": np.zeros((2, 56, 56, 3))}, r"frames must be .*uint8, got .*float64"),
+        ({"probabilities": [0.5, 0.3, 0.2]}, r"probabilities must be \(2,\), as the classes, got \(3,\)"),
+    ],
+)
+def test_answer_names_the_argument_that_does_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    good = {"frames": flat_clip(2), "classes": ["a", "b"], "probabilities": [0.5, 0.5]}
+    with pytest.raises(ValueError, match=message):
+        answer(tmp_path / "answer.png", **(good | change), title="")
+
+
+def test_dollars_in_names_are_no_formula(tmp_path: Path) -> None:
+    r"""Matplotlib refuses `$\frac$` where it reads formulas."""
+    bad = r"$\frac$"
+    answer(tmp_path / "answer.png", flat_clip(1), [bad, "b"], [0.5, 0.5], bad)
+    confusion(tmp_path / "confusion.png", np.eye(70, k=1, dtype=int), [bad] * 70, bad)

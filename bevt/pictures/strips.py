@@ -54,16 +54,14 @@ def strip(
     Raises:
         ValueError: the shapes or types do not belong together (names the argument).
     """
-    frames, mask = _array(frames), _array(mask)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"frames must be (T, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+    frames, mask = as_frames(frames), _array(mask)
     if mask.ndim != 3 or len(mask) != len(frames) or mask.dtype != np.bool_:
         raise ValueError(f"mask must be ({len(frames)}, h, w) bool, like the frames, got {mask.shape} {mask.dtype}")
-    shown = np.arange(0, len(frames), -(-len(frames) // COLUMNS))
+    shown = spread(len(frames))
     p = max(1, round(CELL / max(mask.shape[1:])))
     size = mask.shape[1] * p, mask.shape[2] * p
     hidden = [mask[t].repeat(p, 0).repeat(p, 1) for t in shown]
-    whole = [_resize(frames[t], size) for t in shown]
+    whole = [resize(frames[t], size) for t in shown]
     rows = [
         ("original", whole),
         ("what the\nencoder sees", [_paint(f, m, GREY) for f, m in zip(whole, hidden)]),
@@ -78,8 +76,8 @@ def strip(
         if pixels.ndim != 4 or pixels.shape[:2] != (len(frames), 3) or pixels.dtype.kind != "f":
             raise ValueError(f"{name} must be ({len(frames)}, 3, gH, gW) float, got {pixels.shape} {pixels.dtype}")
         colours = (pixels[shown].clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-        rows.append((label, [_paint(_resize(f, size), _edge(m), EDGE) for f, m in zip(colours, hidden)]))
-    _sheet(out, title, rows, [f"frame {t}" for t in shown] if len(frames) > 1 else [""])
+        rows.append((label, [_paint(resize(f, size), _edge(m), EDGE) for f, m in zip(colours, hidden)]))
+    save(sheet(title, rows, [f"frame {t}" for t in shown] if len(frames) > 1 else [""]), out)
 
 
 def masks(
@@ -115,14 +113,27 @@ def masks(
         rows.append((f"{name}\n{100 * mask.mean():.0f} % hidden", list(canvas.reshape(2 * d, h * p, w * p, 3))))
     columns = [f"t = {t}" for t in range(d)] * 2
     title = f"Masks on {d} x {h} x {w} tokens, two clips a row (block: {2 * d} images); dark = hidden"
-    _sheet(out, title, rows, columns, group=d)
+    save(sheet(title, rows, columns, group=d), out)
 
 
 def _array(value: np.ndarray | Tensor) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def as_frames(value: np.ndarray | Tensor) -> np.ndarray:
+    """(T, H, W, 3) uint8, T > 0; ValueError where it is not."""
+    frames = _array(value)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames must be (T, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+    return frames
+
+
+def spread(frames: int) -> np.ndarray:
+    """Numbers of the frames of a clip that are shown."""
+    return np.arange(0, frames, -(-frames // COLUMNS))
+
+
+def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) uint8."""
     return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
 
@@ -141,22 +152,24 @@ def _edge(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def _sheet(
-    out: Path, title: str, rows: list[tuple[str, list[np.ndarray]]], columns: list[str], group: int = COLUMNS
-) -> None:
+def sheet(
+    title: str, rows: list[tuple[str, list[np.ndarray]]], columns: list[str], group: int = COLUMNS, below: int = 0
+) -> Figure:
     """Equal cells (uint8) on white, pixel for pixel, with a label to the left of each row and above each column.
 
-    After every `group` columns there is a wider gap.
+    After every `group` columns there is a wider gap; `below` the cells so many pixels stay free.
     """
     height, width = rows[0][1][0].shape[:2]
-    gap, left, top, margin, dpi = 6, 130, 64, 12, 100
+    gap, top, margin, dpi = 6, 64, 12, 100
+    left = 130 if any(label for label, _ in rows) else margin
     lefts = [left + j * (width + gap) + j // group * 4 * gap for j in range(len(columns))]
     total_width = max(lefts[-1] + width + gap + margin, 640)
-    total_height = top + len(rows) * (height + gap) + margin
+    total_height = top + len(rows) * (height + gap) + margin + below
     figure = Figure(figsize=(total_width / dpi, total_height / dpi), dpi=dpi)
 
     def text(x: float, y: float, string: str, points: float, ha: str, va: str) -> None:
-        figure.text(x / total_width, 1 - y / total_height, string, fontsize=points, ha=ha, va=va)
+        place = x / total_width, 1 - y / total_height
+        figure.text(*place, string, fontsize=points, ha=ha, va=va, parse_math=False)  # `$` in a file's name is no maths
 
     text(margin, 14, title, 12, "left", "top")
     canvas = np.full((total_height, total_width, 3), 255, np.uint8)
@@ -167,6 +180,11 @@ def _sheet(
         text(left - 10, y + height / 2, label, 10, "right", "center")
         for x, cell in zip(lefts, cells):
             canvas[y : y + height, x : x + width] = cell
-    figure.figimage(canvas)
+    figure.figimage(canvas, zorder=-1)  # below what a caller draws
+    return figure
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write a PNG; its folder is made where it is missing."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png")

@@ -9,9 +9,7 @@ in order, one frame repeated, shuffled, and reversed.
 from __future__ import annotations
 
 import csv
-import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,18 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-import bevt
-from bevt.config import TrainConfig
 from bevt.data import shapes
 from bevt.data.processes import cores
-from bevt.pictures.replication import bars
-from bevt.recipes.replicate import replicate_joint_stage
-from bevt.tokenizers.vq import VQConfig
 from bevt.train.metrics import RunError
-from bevt.train.tokenizer import fit_tokenizer
 
 LABELLINGS = {"what": "shape", "how": "motion"}
 """Column of the dataset's labels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from bevt.data.entry import Entry
 from bevt.data.manifest import Manifest, open_source
 from bevt.data.probe import probe
 from bevt.evaluate.classification import ORDERS, classify
-from bevt.evaluate.predictions import Predictions
+from bevt.evaluate.predictions import Predictions, require_parquet
+from bevt.evaluate.scores import ClassScore, confusion, per_class, scores, table
 from bevt.pictures.answers import answer
-from bevt.pictures.confusion import confusion
+from bevt.pictures.confusion import confusion as draw
 from bevt.train.distributed import World, join_world
 from bevt.train.finetune import head_names, own_config, restore, stream_of
 from bevt.train.metrics import RunError
@@ -57,6 +58,8 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
     if temporal and (stream == "images" or config.head.probes):
         raise ConfigError("--temporal is for models of clips with one head")
     check_finetune(_labelled(config))
+    if dump:
+        require_parquet()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = join_world()
@@ -102,28 +105,27 @@ def report(named: Mapping[str, Predictions], out: Path) -> str:
     `named`: by head, or by order of frames. Raises RunError where `out` cannot be written.
     """
     first = next(iter(named.values()))
-    scores = {name: predictions.scores() for name, predictions in named.items()}
+    found = {name: scores(predictions) for name, predictions in named.items()}
     views = first.probabilities.shape[1:3]
-    rows = first.per_class()
+    rows = per_class(first)
     try:
         out.mkdir(parents=True, exist_ok=True)
         about = {**first.about, "clips": views[0], "crops": views[1]}
-        summary = {**about, **{name: asdict(each) for name, each in scores.items()}}
+        summary = {**about, **{name: asdict(each) for name, each in found.items()}}
         (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
         with open(out / "classes.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["class", "files", "top1", "most often taken for", "share"])
-            writer.writerows([row.name, row.files, row.top1, row.confused, row.share] for row in rows)
-        confusion(out / "confusion.png", first.confusion(), first.classes, f"{len(first.files)} files")
+            writer.writerow([field.name for field in fields(ClassScore)])
+            writer.writerows(map(astuple, rows))
+        draw(out / "confusion.png", confusion(first), first.classes, f"{len(first.files)} files")
     except OSError as error:
         raise RunError(f"cannot write the scores to {out}: {error.strerror}; name a folder with --out") from error
     console = Console(highlight=False, soft_wrap=True)
     with console.capture() as text:
         console.print(f"{len(first.files)} files, {views[0]} x {views[1]} views each")
-        for name, each in scores.items():
-            drop = f"  {100 * (each.top1 - next(iter(scores.values())).top1):+.1f}" if len(scores) > 1 else ""
-            console.print(f"{name:>12}: {each}{drop}")
-        console.print(first.table())
+        for name, each in found.items():
+            console.print(f"{f'{name}: ' if len(found) > 1 else ''}{each}", markup=False)
+        console.print(table(rows))
         console.print(f"scores, classes and confusion: {out}")
     return text.get().rstrip()
 
@@ -154,10 +156,8 @@ def predict(path: Path, file: Path, picture: Path, *, top: int) -> list[tuple[st
     heads = head_names(config) or ("",)
     found = classify(model, config, manifest, classes, world, clips=clips, crops=crops, heads=heads)
     likely = next(iter(found.values())).video_level()[0]
-    order = np.argsort(-likely, kind="stable")[:top]
-    named = [(classes[i], float(likely[i])) for i in order]
     (batch,) = view_batches(config, stream, manifest, [0], clips=1, crops=1, files=1)
     frames = batch.clips[0] if batch.clips is not None else batch.images  # of images (1, H, W, 3)
     assert frames is not None
-    answer(picture, frames.cpu().numpy(), [n for n, _ in named], [p for _, p in named], title=file.name)
-    return named
+    answer(picture, frames, classes, likely, title=file.name)
+    return [(classes[i], float(likely[i])) for i in np.argsort(-likely, kind="stable")[:top]]

@@ -14,6 +14,7 @@ from bevt import draws
 from bevt.config import FinetuneConfig
 from bevt.data import DataError, augment
 from bevt.data.build import check_held_out, view_batches
+from bevt.data.entry import Entry
 from bevt.data.manifest import Manifest
 from bevt.data.sampling import Stream
 from bevt.evaluate.predictions import Predictions, merge
@@ -83,7 +84,8 @@ def classify(
         raise DataError("\n".join(problems))
     if any(world.gather(stopped())):
         return {}
-    names = tuple(manifest.locate(manifest.entries[number]) for number in numbers)
+    everything = tuple(map(_name, manifest.entries))
+    names = tuple(everything[number] for number in numbers)
     own = {
         key: Predictions(
             files=names,
@@ -97,7 +99,12 @@ def classify(
         for key, values in found.items()
     }
     parts = world.gather(own)
-    return {key: merge([part[key] for part in parts]) for key in own}
+    return {key: merge([part[key] for part in parts], everything) for key in own}
+
+
+def _name(entry: Entry) -> str:
+    """The file's path in its source, and which frames where it is not all of them."""
+    return f"{entry.path}:{entry.start}-{entry.end or ''}" if entry.start or entry.end else entry.path
 
 
 def _outputs(model: nn.Module, config: FinetuneConfig, views: Tensor, device: torch.device) -> Tensor:

@@ -131,6 +131,7 @@ class Finetuning(Task):
     def _scores(self, model: nn.Module, config: FinetuneConfig, stopped: Callable[[], bool]) -> dict[str, float]:
         """Of the held-out files by one view each: the averaged weights' where there are such."""
         from bevt.evaluate.classification import classify
+        from bevt.evaluate.scores import scores
 
         names = head_names(config)
         found = classify(
@@ -147,9 +148,9 @@ class Finetuning(Task):
         )
         out: dict[str, float] = {}
         for (head, _), predictions in found.items():
-            scores = predictions.scores()
+            reached = scores(predictions)
             for what in ("top1", "top5", "mean_class"):
-                if (value := getattr(scores, what)) is not None:
+                if (value := getattr(reached, what)) is not None:
                     out[f"val_{what}{f' {head}' if head else ''}"] = value
         return out
 

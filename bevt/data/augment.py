@@ -1,15 +1,20 @@
-"""What happens to a batch on the device: normalisation, colour jitter, and the tokenizer's second resize.
+"""What happens to a batch on the device: normalisation, colour jitter, the tokenizer's second resize; where classes are
+learned, erasing, mixing and soft targets (`bevt.data.randaugment` is the rest).
 
-Letters: B clips, M images or frames, T frames of a clip, H x W pixels. Nothing here reads a value back to the host.
+Letters: B clips, M images or frames, T frames of a clip, H x W pixels, K classes. Nothing here reads a value back to
+the host; random numbers are drawn on the host, as functions of a sample's seed.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bevt import draws
 
 MEAN = (123.675, 116.28, 103.53)
 """Per-channel mean of ImageNet in RGB levels (0..255), as the official configuration has it."""
@@ -17,6 +22,14 @@ STD = (58.395, 57.12, 57.375)
 
 _FIXED_POINT = 2048
 """OpenCV's resize rounds its weights to 1/2048."""
+
+_ERASING = 2**32 + 2
+"""Sequence of a sample's random numbers that is random erasing's; RandAugment's is the one before."""
+_MIXING = 2**32 + 3
+"""Likewise, mixing's."""
+
+_TRIES = 10
+"""Boxes that random erasing draws; where none fits, nothing is erased."""
 
 
 def normalize(frames: Tensor) -> Tensor:
@@ -87,6 +100,93 @@ def tokenizer_view(frames: Tensor, size: int) -> Tensor:
             total = (vertical @ high).int() * 1024 + (vertical @ (rows - high * 1024)).int()
             x = ((total + (_FIXED_POINT**2 >> 1)) >> 22).clamp(0, 255).float()
         return x / 255
+
+
+@torch.no_grad()
+def erase(clips: Tensor, seeds: np.ndarray, probability: float) -> Tensor:
+    """Random erasing (arXiv 1708.04896): with `probability`, a box of a sample is set to 0, the same in all frames.
+
+    clips: (B, 3, T, H, W) or (B, 3, H, W), normalised, so that 0 is the mean colour; seeds: (B,) integers. Returns the
+    shape and type of `clips`.
+
+    The box is that of timm's `RandomErasing` at its defaults, which the official pipeline has for Something-Something:
+    its share of the frame uniform in 0.02 .. 1/3, its height over its width log-uniform in 0.3 .. 1/0.3, the first of
+    ten tries with both sides shorter than the frame's, anywhere.
+    """
+    height, width = clips.shape[-2:]
+    u = draws.uniform(draws.sequence(draws.keys(seeds), _ERASING), np.arange(1 + 4 * _TRIES))
+    share, aspect, down, right = u[:, 1:].reshape(-1, 4, _TRIES).swapaxes(0, 1)  # (B, tries) each
+    area = height * width * (0.02 + (1 / 3 - 0.02) * share)
+    aspect = np.exp(math.log(0.3) * (1 - 2 * aspect))
+    rows, columns = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = (rows < height) & (columns < width)
+    top, left = (down * (height - rows + 1)).astype(int), (right * (width - columns + 1)).astype(int)
+    out = clips.clone()
+    for i in np.flatnonzero((u[:, 0] < probability) & fits.any(1)):
+        k = fits[i].argmax()
+        out[i, ..., top[i, k] : top[i, k] + rows[i, k], left[i, k] : left[i, k] + columns[i, k]] = 0
+    return out
+
+
+def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """(B,) int64 in 0 .. K - 1 -> (B, K) float32: `smoothing / K` everywhere, and 1 - `smoothing` more at the label.
+
+    So do timm, `torch.nn.CrossEntropyLoss` and the official `LabelSmoothing` (mmaction/datasets/blending_utils.py).
+    """
+    targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
+
+
+@torch.no_grad()
+def mix(clips: Tensor, targets: Tensor, seeds: np.ndarray, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of samples 2k and 2k + 1, each the other's partner.
+
+    Both samples of a pair keep the same share of themselves, lambda, drawn from Beta(alpha, alpha). CutMix puts a box
+    of area 1 - lambda about a uniform point, cuts it off at the frame's border, and corrects lambda to what is left
+    (timm's `Mixup` in its mode `pair`); the box is the same in all frames. What a pair gets follows from the seed of
+    its first sample, so not from the size of the micro-batch.
+
+    Args:
+        clips: (B, 3, T, H, W) or (B, 3, H, W) float.
+        targets: (B, K) float, probabilities.
+        seeds: (B,) integers.
+        mixup: alpha of mixup; 0: none.
+        cutmix: alpha of CutMix; 0: none. Where neither is 0, half of the pairs get the one, half the other.
+
+    Returns clips and targets of the same shapes and types. Raises ValueError for an odd number of samples.
+    """
+    if not (mixup or cutmix):
+        return clips, targets
+    if len(clips) % 2:
+        raise ValueError(f"samples are mixed in pairs, but the micro-batch has {len(clips)}: make it even")
+    height, width = clips.shape[-2:]
+    drawn = draws.uniform(draws.sequence(draws.keys(seeds[::2]), _MIXING), np.arange(5))
+    mixed, soft = clips.clone(), targets.clone()
+    for k, (which, a, b, x, y) in enumerate(drawn.tolist()):
+        pair = slice(2 * k, 2 * k + 2)
+        cut = which < 0.5 if mixup and cutmix else bool(cutmix)
+        share = _beta(a, b, cutmix if cut else mixup)
+        if cut:
+            half_height, half_width = (int(side * math.sqrt(1 - share)) // 2 for side in (height, width))
+            middle, centre = int(y * height), int(x * width)
+            top, bottom = max(middle - half_height, 0), min(middle + half_height, height)
+            left, right = max(centre - half_width, 0), min(centre + half_width, width)
+            mixed[pair, ..., top:bottom, left:right] = clips[pair, ..., top:bottom, left:right].flip(0)
+            share = 1 - (bottom - top) * (right - left) / (height * width)
+        else:
+            mixed[pair] = torch.lerp(clips[pair].flip(0), clips[pair], share)
+        soft[pair] = torch.lerp(targets[pair].flip(0), targets[pair], share)
+    return mixed, soft
+
+
+def _beta(u: float, v: float, alpha: float) -> float:
+    """Beta(alpha, alpha) of two uniform numbers, exactly and without rejection.
+
+    Bailey's polar method (Mathematics of Computation 62, 1994) makes Student's t with 2 alpha degrees of freedom of
+    them, of which x / sqrt(2 alpha + x^2) is a symmetric Beta on (-1, 1).
+    """
+    radius = np.sqrt(np.expm1(-math.log1p(-u) / alpha))
+    return float(1 + np.sin(np.arctan(radius * math.cos(2 * math.pi * v)))) / 2
 
 
 @lru_cache(maxsize=16)

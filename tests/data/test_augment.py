@@ -1,9 +1,15 @@
-"""Device-side augmentation against OpenCV's and torchvision's results."""
+"""Device-side augmentation against OpenCV's and torchvision's results, loops over samples, and known distributions."""
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from bevt.data import augment
 
@@ -105,3 +111,174 @@ def test_color_jitter_identity() -> None:
     params = torch.tensor([[1.0, 1.0, 1.0, 2.0, 0.0, 1.0]] * 2)
     assert torch.equal(augment.color_jitter(images, params), images)
     torch.testing.assert_close(augment.color_jitter(images / 255, params), images / 255)
+
+
+def _boxes(clips: Tensor) -> list[tuple[int, int, int, int]]:
+    """(top, left, rows, columns) of what is 0 in each clip of ones; it must be a box, in all frames and channels."""
+    found = []
+    for clip in clips:
+        hidden = (clip == 0).numpy()
+        rows, columns = np.flatnonzero(hidden[0, 0].any(1)), np.flatnonzero(hidden[0, 0].any(0))
+        if len(rows):
+            found.append((rows[0], columns[0], rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]))
+            top, left, height, width = found[-1]
+            expected = torch.ones_like(clip)
+            expected[..., top : top + height, left : left + width] = 0
+            assert torch.equal(clip, expected)
+    return found
+
+
+def _timm_box(generator: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
+    """One box, as timm's documentation and defaults have it."""
+    while True:
+        area = generator.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(generator.uniform(math.log(0.3), math.log(1 / 0.3)))
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if rows < height and columns < width:
+            return generator.randint(0, height - rows), generator.randint(0, width - columns), rows, columns
+
+
+def test_erased_boxes_are_distributed_as_timms() -> None:
+    """Of 2000 clips of 60 x 45, a quarter within five standard deviations; means and deviations of their boxes."""
+    height, width = 60, 45
+    boxes = np.array(_boxes(augment.erase(torch.ones(2000, 3, 2, height, width), np.arange(2000), 0.25)))
+    assert abs(len(boxes) - 500) < 5 * math.sqrt(2000 * 0.25 * 0.75)
+    generator = random.Random(0)
+    expected = np.array([_timm_box(generator, height, width) for _ in range(20000)])
+
+    def measures(boxes: np.ndarray) -> np.ndarray:
+        top, left, rows, columns = boxes.T
+        return np.stack([rows * columns, np.log(rows / columns), top / (height - rows), left / (width - columns)])
+
+    got, known = measures(boxes), measures(expected)
+    deviation = known.std(1)
+    np.testing.assert_allclose((got.mean(1) - known.mean(1)) / deviation, 0, atol=5 / math.sqrt(len(boxes)))
+    np.testing.assert_allclose(got.std(1) / deviation, 1, atol=5 / math.sqrt(2 * len(boxes)))
+    np.testing.assert_allclose(np.corrcoef(got) - np.corrcoef(known), 0, atol=5 / math.sqrt(len(boxes)))
+    assert {0.0, 1.0} <= set(got[2]) & set(got[3])  # every border is reached
+    assert got[0].min() >= 0.02 * height * width - 30
+    assert got[0].max() <= height * width / 3 + 30  # a side is rounded by up to half a pixel
+
+
+def test_erasing_with_certainty_and_never() -> None:
+    """Probability 1 leaves no sample whole, 0 all of them."""
+    clips = torch.ones(50, 3, 2, 64, 64)
+    assert len(_boxes(augment.erase(clips, np.arange(50), 1.0))) == 50
+    assert torch.equal(augment.erase(clips, np.arange(50), 0.0), clips)
+
+
+def test_smoothed_labels_give_cross_entropys_smoothed_loss() -> None:
+    """PyTorch's own label smoothing is the oracle; without smoothing, one-hot."""
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 6, 3, 3, 1])
+    loss = torch.nn.functional.cross_entropy(logits, augment.smooth(labels, 7, 0.1))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+    assert torch.equal(augment.smooth(labels, 7, 0.0), torch.eye(7)[labels])
+
+
+def _levels(samples: int, height: int = 24, width: int = 36) -> tuple[Tensor, Tensor]:
+    """Clips (B, 3, 2, H, W), 1 everywhere in the first of a pair, 0 in the second; one-hot targets (B, 2) likewise."""
+    first = torch.arange(samples) % 2 == 0
+    clips = first[:, None, None, None, None].expand(-1, 3, 2, height, width).float()
+    return clips, torch.stack([first, ~first], 1).float()
+
+
+def test_mixup_mixes_clips_as_targets() -> None:
+    """Each pixel of either sample is its target's share of the first."""
+    clips, targets = augment.mix(*_levels(100), np.arange(100), 0.8, 0)
+    torch.testing.assert_close(clips, targets[:, :1, None, None, None].expand_as(clips))
+    torch.testing.assert_close(targets[0::2], targets[1::2].flip(1))
+    torch.testing.assert_close(targets.sum(1), torch.ones(100))
+
+
+def test_cutmix_swaps_a_box_and_counts_it() -> None:
+    """Swapped pixels form a box in all frames; the targets are the exact shares of the pixels."""
+    before, _ = _levels(100)
+    clips, targets = augment.mix(*_levels(100), np.arange(100), 0, 1.0)
+    _boxes(clips[0::2])
+    assert torch.equal(clips[0::2], 1 - clips[1::2])
+    kept = (clips == before).float().mean((1, 2, 3, 4))
+    torch.testing.assert_close(targets.gather(1, torch.tensor([[0], [1]]).repeat(50, 1))[:, 0], kept)
+    assert len(kept.unique()) > 30
+
+
+def test_cutmix_boxes_lie_about_uniform_points() -> None:
+    """Alpha so large that lambda is 1/2: sides of 34 of 50 (35.4 cut to an even number); 2000 of them.
+
+    A side a of 1 about a uniform point keeps a - a^2 / 4 inside on average: 0.5644 of the frame's.
+    """
+    clips, targets = augment.mix(*_levels(4000, 50, 50), np.arange(4000), 0, 1e6)
+    np.testing.assert_allclose(1 - targets[0::2, 0].mean(), 0.5644**2, atol=0.01)
+    places = np.array(_boxes(clips[0::2]))
+    middles = places[:, :2] + places[:, 2:] / 2
+    np.testing.assert_allclose(middles.mean(0), 25, atol=5 * 50 / math.sqrt(12 * 2000))
+
+
+DISTRIBUTIONS: dict[float, Callable[[np.ndarray], np.ndarray]] = {
+    0.5: lambda x: 2 / math.pi * np.arcsin(np.sqrt(x)),
+    1.0: lambda x: x,
+    2.0: lambda x: 3 * x**2 - 2 * x**3,
+    3.0: lambda x: x**3 * (10 - 15 * x + 6 * x**2),
+}
+"""Distribution functions of Beta(alpha, alpha) in closed form."""
+
+
+@pytest.mark.parametrize("alpha", DISTRIBUTIONS)
+def test_lambda_is_a_beta_number(alpha: float) -> None:
+    """Kolmogorov and Smirnov's distance of 4000 of them, below 1.63 / sqrt(4000) in 99 of 100 cases."""
+    _, targets = augment.mix(*_levels(8000, 1, 1), np.arange(8000), alpha, 0)
+    shares = np.sort(targets[0::2, 0].numpy())
+    assert abs(DISTRIBUTIONS[alpha](shares) - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)
+
+
+def test_mixup_and_cutmix_take_half_of_the_pairs_each() -> None:
+    """Of 1000 pairs, within five standard deviations."""
+    clips, _ = augment.mix(*_levels(2000), np.arange(2000), 1.0, 1.0)
+    mixed = ((clips[0::2] > 0) & (clips[0::2] < 1)).flatten(1).any(1)
+    assert abs(int(mixed.sum()) - 500) < 80
+
+
+def test_without_alphas_nothing_is_mixed() -> None:
+    """Even an odd number of samples."""
+    clips, targets = _levels(3)
+    mixed, soft = augment.mix(clips, targets, np.arange(3), 0, 0)
+    assert torch.equal(mixed, clips)
+    assert torch.equal(soft, targets)
+
+
+def test_a_pair_follows_its_first_samples_seed() -> None:
+    """The second's changes nothing, the first's does."""
+    mixed = [augment.mix(*_levels(2), np.array(seeds), 1.0, 0)[1] for seeds in ((5, 1), (5, 2), (6, 1))]
+    assert torch.equal(mixed[0], mixed[1])
+    assert not torch.equal(mixed[0], mixed[2])
+
+
+def test_an_odd_sample_has_no_partner() -> None:
+    """The message says what is wrong."""
+    with pytest.raises(ValueError, match="pairs, but the micro-batch has 3"):
+        augment.mix(*_levels(3), np.arange(3), 1.0, 0)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_micro_batch_does_not_matter(image: bool) -> None:
+    """Erasing and mixing of eight samples are those of two and two; an image's are those of a clip's frame."""
+    generator = torch.Generator().manual_seed(0)
+    clips, targets = torch.randn(8, 3, 2, 32, 32, generator=generator), torch.eye(8)
+    seeds = np.arange(8) * 1000
+
+    def augmented(at: slice, clips: Tensor) -> tuple[Tensor, Tensor]:
+        return augment.mix(augment.erase(clips[at], seeds[at], 0.5), targets[at], seeds[at], 0.8, 1.0)
+
+    whole, soft = augmented(slice(8), clips)
+    parts = [augmented(slice(i, i + 2), clips[:, :, 1] if image else clips) for i in range(0, 8, 2)]
+    assert torch.equal(torch.cat([part for part, _ in parts]), whole[:, :, 1] if image else whole)
+    assert torch.equal(torch.cat([part for _, part in parts]), soft)
+
+
+def test_no_value_is_read() -> None:
+    """Tensors without values (the meta device) go through everything: nothing waits for a device."""
+    clips = torch.empty(8, 3, 2, 32, 32, device="meta")
+    targets = augment.smooth(torch.empty(8, dtype=torch.int64, device="meta"), 5, 0.1)
+    mixed, soft = augment.mix(augment.erase(clips, np.arange(8), 1.0), targets, np.arange(8), 1.0, 1.0)
+    assert mixed.shape == clips.shape
+    assert soft.shape == targets.shape

@@ -489,8 +489,11 @@ def check_finetune(config: FinetuneConfig) -> None:
             f"augment.mixup and augment.cutmix mix the samples of a pair: train.micro_{stream} = "
             f"{getattr(t, f'micro_{stream}')} must be even"
         )
-    if a.magnitude > 30:
-        raise ConfigError(f"augment.magnitude must be at most 30, got {a.magnitude}")
+    if a.rand_augment > 18 or a.magnitude > 30:
+        raise ConfigError(
+            f"augment.rand_augment must be at most 18, the number of operations, and augment.magnitude at most 30, got "
+            f"{a.rand_augment} and {a.magnitude}"
+        )
     if h.probes and not h.probe_lrs:
         raise ConfigError("head.probe_lrs is empty: head.probes needs at least one rate")
     if h.probes and config.optim.ema:

@@ -75,7 +75,7 @@ class SlurmOptions:
 
 
 def launch(config: AnyConfig, options: SlurmOptions, out: Path, words: Sequence[str], *, resume: bool) -> str:
-    """Submit `bevt pretrain WORDS` (or `finetune`) as a job, or make its script with `options.dry_run`; what to say of it.
+    """Submit `bevt pretrain WORDS` (or `finetune`) as a job, or make its script with `options.dry_run`; what to tell.
 
     `config` and `out` are what the words say. Raises ConfigError or SlurmError for what would fail in the job and can
     be seen here, and for what Slurm refuses.

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from bevt.config import Config, to_dict
-from bevt.recipes import RECIPES
+from bevt.config import AnyConfig, Config, to_dict
+from bevt.recipes import FINETUNE_RECIPES, RECIPES
 from bevt.train.metrics import read_rows
 from bevt.train.optim import build_optimizer
 
+C = TypeVar("C", bound=AnyConfig)
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 """For commands in processes of their own, installed or not."""
@@ -30,15 +31,20 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 """Two processes of this machine."""
 
 
-def changed(config: Config, **groups: dict[str, Any]) -> Config:
+def changed(config: C, **groups: dict[str, Any]) -> C:
     """`config` with other values: `changed(config, train={"clips": 0})`."""
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in groups.items()})
 
 
-def command(config: Config, out: Path, *options: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """`bevt pretrain` of `config`, every key that differs from the recipe's given as a flag."""
-    words = [*python, "-m", "bevt", "pretrain", RECIPE, "--out", str(out), *options]
-    base = to_dict(RECIPES[RECIPE]())
+def command(config: AnyConfig, out: Path, *options: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """`bevt pretrain` or `finetune` of `config`, every key that differs from the recipe's given as a flag."""
+    if isinstance(config, Config):
+        words, base = [*python, "-m", "bevt", "pretrain", RECIPE], to_dict(RECIPES[RECIPE]())
+    else:
+        words, base = [*python, "-m", "bevt", "finetune", config.recipe], to_dict(FINETUNE_RECIPES[config.recipe]())
+    words += ["--out", str(out), *options]
+    if config.init:
+        words += ["--init", config.init]
     for group, values in to_dict(config).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if value != base[group][key]:

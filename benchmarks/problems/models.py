@@ -33,8 +33,9 @@ from benchmarks.problems.ops import Size3, allowed
 from benchmarks.registry import QUANTITIES, HeadCase, StepCase
 from bevt import masking
 from bevt.config import SIZES, Config, ModelConfig, plain, resized
-from bevt.models import video_swin, weights
+from bevt.models import video_swin
 from bevt.models.bevt import BEVT
+from bevt.models.names import to_torchvision
 from bevt.train.step import slots_for
 
 BOTH = QUANTITIES[2]
@@ -100,7 +101,7 @@ class VideoSwinStep(Model):
             name.replace("0.", "patch_embed.", 1) if name[0] == "0" else f"encoder.{name[2:]}": torch.tensor(i)
             for i, name in enumerate(self.leaves)
         }
-        mapped = weights.to_torchvision(ours, c.window_size)  # numbers of the leaves, by torchvision's names
+        mapped = to_torchvision(ours, c.window_size)  # numbers of the leaves, by torchvision's names
         places = {f"model.{name}": int(i) for name, i in mapped.items() if not name.endswith("position_index")}
 
         def forward(leaves: Leaves) -> Leaves:

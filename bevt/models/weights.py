@@ -1,41 +1,24 @@
-"""Weights between checkpoints: the official BEVT names, torchvision's swin3d, and this project's own stages.
+"""Weights from files into models: read without running code, inflated, resized, and loaded strictly.
 
-A conversion here is a pure function from state dict to state dict. Only `load` writes into a model, and it is strict:
-what the caller did not name as expected to be missing or unused is an error that lists it.
+A conversion here is a pure function from state dict to state dict (whose names these are: `names.py`). Only `load`
+writes into a model: what the caller did not name as expected to be missing or unused is an error that lists it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bevt.config import UserError
-
-State = dict[str, Tensor]
-
-OFFICIAL_NAMES = (
-    ("patch_embed.", "backbone.patch_embed."),
-    ("patch_embed_2d.", "backbone.patch_embed_2d."),
-    ("mask_token", "backbone.mask_token"),
-    ("encoder.layers.", "backbone.layers."),
-    ("image_decoder.up.", "backbone.fpn.0."),
-    ("image_decoder.fuse.", "backbone.lm_down."),
-    ("video_decoder.up.", "backbone.fpn_s.0."),
-    ("video_decoder.fuse.", "backbone.lm_down_st.0."),
-    ("video_decoder.frames.", "backbone.fpn_t.0."),
-    ("norm.", "backbone.norm."),
-    ("head.", "cls_head.lm_head."),
-)
-"""Prefixes of `BEVT`'s parameters and of the official checkpoint's (its commit 8881b21)."""
-
-
-class WeightsError(UserError):
-    """Weights that do not fit a model; the message lists every key that is missing, left over or of another shape."""
+from bevt.models.names import Source, State, WeightsError, briefly, matches
 
 
 @dataclass(frozen=True)
@@ -49,13 +32,53 @@ class Report:
     """Keys of the state dict that the model has no place for (likewise)."""
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """One line for the log, in which names that differ by numbers alone are one."""
         text = f"{len(self.loaded)} tensors loaded"
-        if self.missing:
-            text += f"; kept at their initial values: {_briefly(self.missing)}"
-        if self.unused:
-            text += f"; not used: {_briefly(self.unused)}"
+        for what, names in (("kept at their initial values", self.missing), ("not used", self.unused)):
+            if names:
+                kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+                text += f"; {what}: {briefly(list(kinds))}"
         return text
+
+
+def read_file(path: Path) -> State:
+    """Tensors of a `.safetensors` file, or of the state dict in any other, which torch.save has written; on the CPU.
+
+    The state dict may lie under `state_dict` (mmcv), `model` (Swin, MoBY) or `model_state`; `module.` of a parallel
+    wrapper is taken off its names. Runs none of a pickle's code. Raises WeightsError where there is no such file, where
+    it is damaged, needs code of its own, or holds no state dict.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is a folder, not a file of weights" if path.is_dir() else f"no file {path}")
+    try:
+        held: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except Exception as error:  # damaged bytes surface as almost any error
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path} was refused: its pickle asks for {asked[1]}, and pickled code is never run. If you trust whom "
+                "it is from, read it once with torch.load(..., weights_only=False) and torch.save its state dict alone"
+            ) from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise WeightsError(
+            f"{path} cannot be read as a file of weights: {type(error).__name__} {reason}; it is cut short, or neither "
+            "from torch.save nor safetensors under that suffix"
+        ) from error
+    for name in ("state_dict", "model", "model_state"):
+        if isinstance(held, dict) and isinstance(held.get(name), dict):
+            held = held[name]
+    if not isinstance(held, dict):
+        raise WeightsError(f"{path} holds no state dict, but a {type(held).__name__}")
+    if not held:
+        raise WeightsError(f"{path} holds no tensors")
+    if others := [str(key) for key, value in held.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
+        raise WeightsError(f"{path} holds no state dict: {briefly(others)} are not tensors")
+    return {key.removeprefix("module."): value for key, value in held.items()}
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch.save has written. Swin's training code puts its configuration beside the model: a dict in disguise."""
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(
@@ -69,16 +92,16 @@ def load(
     absent = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     problems = []
-    if bad := [k for k in absent if not _matches(k, missing)]:
-        problems.append(f"missing: {_briefly(bad)}")
-    if bad := [k for k in extra if not _matches(k, unused)]:
-        problems.append(f"left over: {_briefly(bad)}")
+    if bad := [k for k in absent if not matches(k, missing)]:
+        problems.append(f"missing: {briefly(bad)}")
+    if bad := [k for k in extra if not matches(k, unused)]:
+        problems.append(f"left over: {briefly(bad)}")
     if bad := [
         f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
         for k, v in own.items()
         if k in state and state[k].shape != v.shape
     ]:
-        problems.append(f"of another shape: {_briefly(bad)}")
+        problems.append(f"of another shape: {briefly(bad)}")
     if problems:
         raise WeightsError(f"these weights are not of this {type(model).__name__}; " + "; ".join(problems))
     with torch.no_grad():
@@ -88,69 +111,66 @@ def load(
     return Report(tuple(k for k in own if k in state), tuple(absent), tuple(extra))
 
 
-def from_official(state: Mapping[str, Tensor]) -> State:
-    """An official BEVT checkpoint's `state_dict` under `BEVT`'s names.
+def start(
+    model: nn.Module,
+    source: Source,
+    window: tuple[int, int, int],
+    stream: Literal["clips", "images"],
+    *,
+    norm: bool,
+    head: bool = False,
+) -> Report:
+    """Start a classifier (`VideoSwinClassifier`, or one with its names) from `source`; arguments: `for_classifier`.
 
-    The tokenizer (`cls_head.vae_encoder.*`) and the derived `relative_position_index` buffers are left out. A model
-    that runs these weights as their authors did has `quirks="official"`. Raises WeightsError for any unknown key.
+    The head keeps its initial values, but for `head` (a model to be tested), where it is the source's. Raises
+    WeightsError, before anything is written, where that or anything else is absent or of another shape.
     """
-    kept = {
-        k: v for k, v in state.items() if not _matches(k, (r"cls_head\.vae_encoder\..*", r".*relative_position_index"))
-    }
-    return _renamed(kept, [(official, own) for own, official in OFFICIAL_NAMES], "an official BEVT checkpoint")
+    if head and "head.weight" not in source.state:
+        raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
+    fit = for_classifier(source, window, stream, norm=norm)
+    left = [] if head else [k for k in fit.state if k.startswith("head.")]
+    missing = ([] if head else [r"head\..*"]) + ([r"norm\..*"] if source.masked and not norm else [])
+    try:
+        report = load(model, {k: v for k, v in fit.state.items() if k not in left}, missing=missing)
+    except WeightsError as error:
+        raise WeightsError(f"{source.what}: {error}") from error
+    return replace(report, unused=(*left, *fit.dropped))
 
 
-def to_official(state: Mapping[str, Tensor]) -> State:
-    """Inverse of `from_official`, without the tokenizer and the derived buffers."""
-    return _renamed(state, list(OFFICIAL_NAMES), "a BEVT model")
+def for_classifier(
+    source: Source, window: tuple[int, int, int], stream: Literal["clips", "images"], *, norm: bool
+) -> Source:
+    """`source` as a classifier of `stream` has it, with attention windows of (d, h, w) tokens; of images (1, h, w).
 
-
-def from_official_backbone(state: Mapping[str, Tensor]) -> State:
-    """An official BEVT checkpoint as the start of finetuning: encoder, video patch embedding and `norm`.
-
-    The LayerNorm shared by the decoders becomes the classifier's final norm, as in the official code (quirk C).
+    Clips from images: `inflate`. Images from clips: the two frames' patch embeddings are added, which is what a still
+    clip is given, and tables keep their rows of zero distance in time. Other depths of the window: `resize_tables`. A
+    `norm` that came after the decoders (`Source.masked`) stays only with `norm`, as in the official code (quirk C).
+    Raises WeightsError for tables of another height or width of window.
     """
-    keep = (r"patch_embed\..*", r"encoder\..*", r"norm\..*")
-    return {k: v for k, v in from_official(state).items() if _matches(k, keep)}
-
-
-def from_torchvision(state: Mapping[str, Tensor]) -> State:
-    """Torchvision's `swin3d_*` under `VideoSwinClassifier`'s names. Raises WeightsError for any unknown key."""
-    kept = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
-
-    def rename(key: str) -> str | None:
-        if match := re.fullmatch(r"features\.(\d+)\.(.*)", key):
-            part, rest = int(match[1]), match[2]
-            if part % 2:
-                return f"encoder.layers.{part // 2}.downsample.{rest}"
-            rest = rest.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
-            return f"encoder.layers.{part // 2}.blocks.{rest}"
-        return key if re.match(r"(patch_embed|norm|head)\.", key) else None
-
-    return _mapped(kept, rename, "a torchvision swin3d")
-
-
-def to_torchvision(state: Mapping[str, Tensor], window_size: tuple[int, int, int]) -> State:
-    """Inverse of `from_torchvision`, with the derived `relative_position_index` buffers that torchvision stores."""
-
-    def rename(key: str) -> str | None:
-        if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(blocks|downsample)\.(.*)", key):
-            stage, kind, rest = int(match[1]), match[2], match[3]
-            if kind == "downsample":
-                return f"features.{2 * stage + 1}.{rest}"
-            rest = rest.replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
-            return f"features.{2 * stage}.{rest}"
-        return key if re.match(r"(patch_embed|norm|head)\.", key) else None
-
-    out = _mapped(state, rename, "a VideoSwinClassifier")
-    index = _relative_position_index(window_size)
-    for key in [k for k in out if k.endswith("relative_position_bias_table")]:
-        out[key.replace("bias_table", "index")] = index.clone()
-    return out
+    state, (depth, height, width) = dict(source.state), window
+    wanted, other = ("patch_embed.", "patch_embed_2d.") if stream == "clips" else ("patch_embed_2d.", "patch_embed.")
+    if stream == "images" or f"{wanted}proj.weight" not in state:
+        depth = 1
+    for key in [k for k in state if k.endswith("relative_position_bias_table")]:
+        old = _depth(key, state[key], height, width)
+        if old != depth:
+            state |= resize_tables({key: state[key]}, (old, height, width), (depth, height, width))
+    left = []
+    if f"{wanted}proj.weight" in state:
+        left += [k for k in state if k.startswith(other)]
+    elif stream == "clips":
+        state = inflate(state, window)
+    else:
+        planar = {k: v.sum(2) if v.ndim == 5 else v for k, v in state.items() if k.startswith(other)}
+        state |= {k.replace(other, wanted): v for k, v in planar.items()}
+    if source.masked and not norm:
+        left += [k for k in state if k.startswith("norm.")]
+    state = {k: v for k, v in state.items() if not k.startswith(other) and k not in left}
+    return replace(source, state=state, dropped=(*left, *source.dropped))
 
 
 def inflate(state: Mapping[str, Tensor], window_size: tuple[int, int, int]) -> State:
-    """2D to 3D: the weights of an image-stage `BEVT` (window (1, h, w)) for one with clips (window (d, h, w)).
+    """2D to 3D: the weights of a model of images (window (1, h, w)) for one with clips (window (d, h, w)).
 
     The video patch embedding repeats the image one over the two frames of a patch, divided by two; bias tables repeat
     over all 2d - 1 temporal distances (official `inflate_weights`). The video decoder has no 2D counterpart: it stays
@@ -158,24 +178,27 @@ def inflate(state: Mapping[str, Tensor], window_size: tuple[int, int, int]) -> S
     """
     out = dict(state)
     frames = 2
-    out["patch_embed.proj.weight"] = (
-        state["patch_embed_2d.proj.weight"].unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
-    )
-    for name in ("proj.bias", "norm.weight", "norm.bias"):
-        out[f"patch_embed.{name}"] = state[f"patch_embed_2d.{name}"].clone()
     depth, height, width = window_size
-    for key in [k for k in state if k.endswith("relative_position_bias_table")]:
-        rows = (2 * height - 1) * (2 * width - 1)
-        if state[key].shape[0] != rows:
-            raise WeightsError(
-                f"{key} has {state[key].shape[0]} rows; the table of a 2D window {height}x{width} has {rows}"
-            )
-        out[key] = state[key].repeat(2 * depth - 1, 1)
+    rows = (2 * height - 1) * (2 * width - 1)
+    for key, value in state.items():
+        if key == "patch_embed_2d.proj.weight":
+            out["patch_embed.proj.weight"] = value.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+        elif key.startswith("patch_embed_2d."):
+            out[key.replace("patch_embed_2d.", "patch_embed.")] = value.clone()
+        elif key.endswith("relative_position_bias_table"):
+            if value.shape[0] != rows:
+                raise WeightsError(
+                    f"{key} has {value.shape[0]} rows; the table of a 2D window {height}x{width} has {rows}"
+                )
+            out[key] = value.repeat(2 * depth - 1, 1)
     return out
 
 
 def resize_tables(state: Mapping[str, Tensor], old: tuple[int, int, int], new: tuple[int, int, int]) -> State:
-    """Bias tables of window `old` for window `new` by trilinear interpolation (spec: 8x7x7 to 16x7x7 for SSv2)."""
+    """Bias tables of window `old` for window `new` by trilinear interpolation (spec: 8x7x7 to 16x7x7 for SSv2).
+
+    Of a depth of 1 only the rows of zero distance in time are left, as they are.
+    """
     out = dict(state)
     old_size, new_size = ([2 * w - 1 for w in window] for window in (old, new))
     for key in [k for k in state if k.endswith("relative_position_bias_table")]:
@@ -188,42 +211,13 @@ def resize_tables(state: Mapping[str, Tensor], old: tuple[int, int, int], new: t
     return out
 
 
-def _relative_position_index(window: tuple[int, int, int]) -> Tensor:
-    """(N, N) rows of the bias table for a window of N tokens, in torchvision's and the official code's order."""
-    axes = [torch.arange(w) for w in window]
-    coords = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-    offset = coords[:, :, None] - coords[:, None, :] + torch.tensor(window)[:, None, None] - 1
-    _, wh, ww = window
-    return (offset[0] * (2 * wh - 1) + offset[1]) * (2 * ww - 1) + offset[2]
-
-
-def _mapped(state: Mapping[str, Tensor], rename: Callable[[str], str | None], what: str) -> State:
-    out, unknown = {}, []
-    for key, value in state.items():
-        name = rename(key)
-        if name is None:
-            unknown.append(key)
-        else:
-            out[name] = value
-    if unknown:
-        raise WeightsError(f"not {what}: unknown keys {_briefly(unknown)}")
-    return out
-
-
-def _renamed(state: Mapping[str, Tensor], prefixes: list[tuple[str, str]], what: str) -> State:
-    def rename(key: str) -> str | None:
-        for old, new in prefixes:
-            if key.startswith(old):
-                return new + key[len(old) :]
-        return None
-
-    return _mapped(state, rename, what)
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(re.fullmatch(p, key) for p in patterns)
-
-
-def _briefly(names: Sequence[str], most: int = 8) -> str:
-    text = ", ".join(names[:most])
-    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+def _depth(key: str, table: Tensor, height: int, width: int) -> int:
+    """Of the window with this height and width that `table` is for, from its rows for 2d - 1 distances in time."""
+    rows = (2 * height - 1) * (2 * width - 1)
+    distances, rest = divmod(table.shape[0], rows)
+    if rest or distances % 2 == 0:
+        raise WeightsError(
+            f"{key} has {table.shape[0]} rows, which is no odd multiple of the {rows} of a window {height}x{width}: it "
+            "is of another height or width of window, and only the depth can be converted"
+        )
+    return (distances + 1) // 2

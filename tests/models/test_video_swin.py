@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevt.config import SIZES, ModelConfig, plain
-from bevt.models import weights
+from bevt.models import names, weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.video_swin import PatchMerging, VideoSwin, WindowAttention3D, clip_window
 
@@ -43,7 +43,7 @@ def _torchvision(video: ModuleType, name: str) -> nn.Module:
 def test_outputs_equal_torchvision(torchvision_video: ModuleType, name: str, size: tuple[int, int, int]) -> None:
     theirs = _torchvision(torchvision_video, name)
     ours = VideoSwinClassifier(TORCHVISION[name], 400).eval()
-    weights.load(ours, weights.from_torchvision(theirs.state_dict()))
+    weights.load(ours, names.from_torchvision(theirs.state_dict()))
     clips = torch.randn(1, 3, *size)
     with torch.no_grad():
         expected, got = theirs(clips), ours(clips)
@@ -57,15 +57,15 @@ def test_torchvision_names_round_trip(torchvision_video: ModuleType, name: str) 
         theirs = getattr(torchvision_video, name)().state_dict()
     with torch.device("meta"):
         ours = VideoSwinClassifier(TORCHVISION[name], 400).state_dict()
-    renamed = weights.from_torchvision(theirs)
+    renamed = names.from_torchvision(theirs)
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
-    back = weights.to_torchvision(ours, (8, 7, 7))
+    back = names.to_torchvision(ours, (8, 7, 7))
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_torchvision_derived_indices_are_equal(torchvision_video: ModuleType) -> None:
     theirs = torchvision_video.swin3d_t().state_dict()
-    back = weights.to_torchvision(weights.from_torchvision(theirs), (8, 7, 7))
+    back = names.to_torchvision(names.from_torchvision(theirs), (8, 7, 7))
     assert all(torch.equal(back[k], theirs[k]) for k in theirs)
 
 

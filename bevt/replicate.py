@@ -1,7 +1,7 @@
 """`bevt replicate`: the paper's comparisons at a small scale, from nothing to a report.
 
 Every training is a command of `bevt` in a process of its own, with one thread, as many at a time as there are cores;
-what an earlier call has finished is kept. Encoders that start in eight ways are finetuned on two labellings of the same
+what an earlier call has finished is kept. Encoders that start in several ways are finetuned on two labellings of the same
 clips: "what" (the shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their frames
 in order, one frame repeated, shuffled, and reversed.
 """
@@ -129,7 +129,8 @@ def run_jobs(jobs: Sequence[Job], out: Path, console: Console) -> None:
     (out / "logs").mkdir(exist_ok=True)
     done = {path.name for path in (out / "done").iterdir()}
     left = [job for job in jobs if job.name not in done]
-    total, running = len(left), {}
+    total = len(left)
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
     try:

@@ -16,7 +16,7 @@ from bevt.data.build import source_kind
 from bevt.data.classes import class_numbers, found_classes, read_classes, without_files
 from bevt.data.manifest import Manifest, open_source
 from bevt.data.sampling import Stream
-from bevt.models import weights
+from bevt.models import names, weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.probes import Probes
 from bevt.train import checkpoint
@@ -133,7 +133,7 @@ class Finetuning(Task):
         from bevt.evaluate.classification import classify
         from bevt.evaluate.scores import scores
 
-        names = head_names(config)
+        heads = head_names(config)
         found = classify(
             self._whole(model),
             config,
@@ -143,7 +143,7 @@ class Finetuning(Task):
             clips=1,
             crops=1,
             labels=self.held_out_labels,
-            heads=names or ("",),
+            heads=heads or ("",),
             stopped=stopped,
         )
         out: dict[str, float] = {}
@@ -202,20 +202,19 @@ def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
     path = Path(config.init)
     try:
         source = read_weights(path)
-        norm = config.model.quirks == "official" or not source.pretraining
-        source = weights.for_classifier(source, config.model.window_size, stream_of(config), norm=norm)
-        return f"{source.what}: {weights.start(model, source)}"
+        norm = config.model.quirks == "official" or not source.masked
+        return f"{source.what}: {weights.start(model, source, config.model.window_size, stream_of(config), norm=norm)}"
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
 
 
-def read_weights(path: Path) -> weights.Source:
+def read_weights(path: Path) -> names.Source:
     """The weights of a checkpoint of this project, of any stage, or of a file of somebody's."""
     if not path.is_dir():
-        return weights.recognise(weights.read_file(path))
+        return names.recognise(weights.read_file(path))
     saved = checkpoint.load(path, optimizer=False)
     state = {**saved["model"], **saved.get("average", {})}
-    return weights.recognise({name.removeprefix("backbone."): value for name, value in state.items()})
+    return names.recognise({name.removeprefix("backbone."): value for name, value in state.items()})
 
 
 def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[nn.Module, tuple[str, ...]]:
@@ -237,8 +236,7 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
                 f"{path}: its head has {count} classes, {config.head.classes} names {len(classes)}"
             )
         model = build_classifier(config, count, device)
-        source = weights.for_classifier(source, config.model.window_size, stream_of(config), norm=True)
-        weights.start(cast(VideoSwinClassifier, model), source, head=True)
+        weights.start(model, source, config.model.window_size, stream_of(config), norm=True, head=True)
         return model, classes
     saved = checkpoint.load(path, optimizer=False)
     _of_classes(path, saved)

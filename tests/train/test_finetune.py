@@ -164,7 +164,7 @@ def alone(exact: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_however_a_step_is_cut_up(
     exact: FinetuneConfig, alone: Path, tmp_path: Path, values: dict[str, object], python: tuple[str, ...] | None
 ) -> None:
-    """Losses, norms, held-out figures and weights up to float64's rounding; augmentation, mixing and dropout included."""
+    """Losses, norms, held-out figures and weights up to float64's rounding, with all that draws random numbers."""
     config, out = changed(exact, train=values), tmp_path / "run"
     if python:
         output(command(config, out, python=python))
@@ -420,7 +420,7 @@ def test_a_start_of_another_size(tuned: FinetuneConfig, finished: Path) -> None:
 
 
 def test_a_start_that_is_not_there(tuned: FinetuneConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.pth"):
+    with pytest.raises(UserError, match=r"none\.pth"):
         finetune(replace(tuned, init=str(tmp_path / "none.pth")), tmp_path / "run", quiet=True)
 
 

@@ -1,9 +1,9 @@
 """`bevt replicate`: the paper's comparisons at a small scale, from nothing to a report.
 
 Every training is a command of `bevt` in a process of its own, with one thread, as many at a time as there are cores;
-what an earlier call has finished is kept. Encoders that start in several ways are finetuned on two labellings of the same
-clips: "what" (the shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their frames
-in order, one frame repeated, shuffled, and reversed.
+what an earlier call has finished is kept. Encoders that start in several ways are finetuned on two labellings of the
+same clips, "what" (the shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their
+frames in order, one frame repeated, shuffled, and reversed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class ClassStep(Step):
         super().__init__(model, optimizer, config, world)
         self.classes, self.names = classes, names
         self.stream: Stream = "clips" if config.train.clips else "images"
-        self.average = [_local(value) for value in (average or {}).values()]
+        self.average = list((average or {}).values())
 
     def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
         self.phases.mark("data")
@@ -71,9 +71,15 @@ class ClassStep(Step):
         with record_function("bevt: optimizer"):
             result = self._update(lr, sums)
             if self.average:
-                torch._foreach_lerp_(self.average, [_local(p) for p in self.parameters], 1 - self.config.optim.ema)
+                self._follow()
         self.phases.mark("optimizer")
         return result
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The averaged weights go their share of the way to the trained ones."""
+        average, trained = (list(map(_local, values)) for values in (self.average, self.parameters))
+        torch._foreach_lerp_(average, trained, 1 - self.config.optim.ema)
 
     def inputs(self, batch: Batch) -> tuple[dict[str, Tensor | None], Tensor]:
         """What the model takes, and the targets (B, K), on the device."""
@@ -126,4 +132,4 @@ def dropout(seeds: np.ndarray, channels: int, rate: float) -> np.ndarray:
 
 def _local(tensor: Any) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,6 +20,9 @@ MEAN = (123.675, 116.28, 103.53)
 """Per-channel mean of ImageNet in RGB levels (0..255), as the official configuration has it."""
 STD = (58.395, 57.12, 57.375)
 
+LUMA = (0.2989, 0.587, 0.114)
+"""Shares of red, green and blue in a grey version, torchvision's."""
+
 _FIXED_POINT = 2048
 """OpenCV's resize rounds its weights to 1/2048."""
 
@@ -65,7 +68,7 @@ def color_jitter(images: Tensor, params: Tensor) -> Tensor:
     """
     whole = images.dtype == torch.uint8
     top = 255.0 if whole else 1.0
-    luma = torch.tensor((0.2989, 0.587, 0.114), device=images.device)
+    luma = torch.tensor(LUMA, device=images.device)
     x = images.float()
     factors, order = params[:, :3].to(x), params[:, 3:].long()
     for step in range(3):

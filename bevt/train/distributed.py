@@ -125,6 +125,14 @@ class World:
             values = values / self.size
         return values
 
+    def gather(self, values: Tensor, dim: int) -> Tensor:
+        """`values` of all processes, joined along `dim` in the order of their ranks."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts, dim)
+
     def all(self, flag: Tensor) -> Tensor:
         """Whether `flag`, a bool scalar on the device, is set on all processes; it stays on the device."""
         if self.size == 1:

@@ -13,16 +13,13 @@ of all micro-batches and processes. No method waits for the device.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from bevt_kernels import Spec, resolve
 from torch import Tensor, nn
 
-from bevt.config import Impl, ModelConfig, UserError
-from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights
+from bevt.config import ModelConfig, UserError
+from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights, resolved
 
 HIDDEN, FEATURES = 4096, 256
 """Widths of the heads: hidden and output."""
@@ -98,14 +95,7 @@ class MoBY(Branch):
                 f"MoBY's heads normalise over the images of all processes, which PyTorch's SyncBatchNorm does on GPUs "
                 f"alone, and this is {processes} processes on {kind}: train with one"
             )
-        spec = Spec(kind, dtype, needs_grad=True)
-        window = spec._replace(window=config.window_size, head_dim=config.embed_dim // config.num_heads[0])
-        implementations = {
-            "window_attention": resolve("window_attention", config.attention_impl, window),
-            "linear": resolve("linear", config.linear_impl, spec),
-        }
-        attention_impl, linear_impl = (cast(Impl, implementations[op]) for op in ("window_attention", "linear"))
-        config = replace(config, attention_impl=attention_impl, linear_impl=linear_impl)
+        config, implementations = resolved(config, device, dtype)
         super().__init__(config, processes)
         self.implementations, self.temperature = implementations, temperature
         self.predictor = Head(FEATURES, processes)

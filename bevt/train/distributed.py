@@ -125,7 +125,7 @@ class World:
             values = values / self.size
         return values
 
-    def gather(self, values: Tensor, dim: int) -> Tensor:
+    def concatenate(self, values: Tensor, dim: int) -> Tensor:
         """`values` of all processes, joined along `dim` in the order of their ranks."""
         if self.size == 1:
             return values

@@ -108,7 +108,7 @@ assert (world.size, world.main) == (2, not one)
 assert (world.any(one), world.any(False)) == (True, False)
 assert (bool(world.all(torch.tensor(one))), bool(world.all(torch.tensor(both)))) == (False, True)
 assert world.mean(torch.tensor([world.rank, 3.0])).tolist() == [0.5, 3.0]
-assert world.gather(torch.tensor([[world.rank], [2]]), 1).tolist() == [[0, 1], [2, 2]]
+assert world.concatenate(torch.tensor([[world.rank], [2]]), 1).tolist() == [[0, 1], [2, 2]]
 world.barrier()
 world.close()
 """

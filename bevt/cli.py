@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -26,12 +26,14 @@ from bevt.config import (
     AnyConfig,
     Config,
     ConfigError,
+    ContrastConfig,
     DataConfig,
     FinetuneConfig,
     Size,
     TokenizerConfig,
     TrainConfig,
     UserError,
+    command_of,
     keys,
     nearest,
     resized,
@@ -55,7 +57,8 @@ USAGE = """usage: bevt COMMAND ...
   finetune RECIPE         learn classes, from pretrained weights; or train probes on frozen ones
   test RECIPE CHECKPOINT  classify held-out files by several views each: scores, classes, confusion
   predict VIDEO           what a finetuned model takes a file for, with a picture
-  slurm RECIPE            pretrain or finetune as a job of a Slurm cluster: many machines, requeued until finished
+  contrast RECIPE         the paper's baseline without labels and masks, on images
+  slurm RECIPE            any of these trainings as a job of a Slurm cluster: many machines, requeued until finished
   tokenizer fit           train a VQ tokenizer on your own images or clips
   tokenizer check         whether a tokenizer gives the codes of float32 in its precision
   data index SOURCE       probe every file of a folder or list into a manifest
@@ -98,6 +101,17 @@ class FinetuneArgs(PretrainArgs):
     """
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class ContrastArgs(PretrainArgs):
+    """Learn images by contrast, the paper's baseline. Every key of the recipe's configuration can be overridden.
+
+    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there (0 under
+    torchrun, which would start it again).
+    """
+
+    config: Annotated[ContrastConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -154,11 +168,12 @@ class SlurmArgs(PretrainArgs):
 
 @dataclass(frozen=True)
 class SlurmFinetuneArgs(FinetuneArgs, SlurmArgs):
-    """Submit `bevt finetune` of a recipe to Slurm: one process a GPU, restarted where one dies, queued again where the
-    time is over. Every key of the configuration can be overridden.
+    """As `SlurmArgs`, of `bevt finetune`."""
 
-    Exit status 0: submitted.
-    """
+
+@dataclass(frozen=True)
+class SlurmContrastArgs(ContrastArgs, SlurmArgs):
+    """As `SlurmArgs`, of `bevt contrast`."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +355,16 @@ def _finetune(argv: list[str]) -> int:
     return _trained(lambda: finetune(args.config, args.out, resume=args.resume, profile=args.profile))
 
 
+def _contrast(argv: list[str]) -> int:
+    from bevt.recipes import CONTRAST_RECIPES
+
+    default, rest = _recipe(argv, "contrast", CONTRAST_RECIPES)
+    args = _parse(ContrastArgs, rest, f"bevt contrast {argv[0]}", ContrastArgs(out=tyro.MISSING, config=default))
+    from bevt.train.contrast import contrast
+
+    return _trained(lambda: contrast(args.config, args.out, resume=args.resume, profile=args.profile))
+
+
 def _trained(train: Callable[[], RunResult]) -> int:
     """Run a training; its exit status."""
     from bevt.data.processes import stop_with_parent
@@ -398,16 +423,12 @@ def _predict(argv: list[str]) -> int:
 
 
 def _slurm(argv: list[str]) -> int:
-    from bevt.recipes import FINETUNE_RECIPES, RECIPES
+    from bevt.recipes import ALL_RECIPES
 
-    recipes: dict[str, Callable[[], AnyConfig]] = {**RECIPES, **FINETUNE_RECIPES}
-    default, rest = _recipe(argv, "slurm", recipes)
-    args: SlurmArgs
-    if isinstance(default, Config):
-        args = _parse(SlurmArgs, rest, f"bevt slurm {argv[0]}", SlurmArgs(out=tyro.MISSING, config=default))
-    else:
-        blank = SlurmFinetuneArgs(out=tyro.MISSING, config=default)
-        args = _parse(SlurmFinetuneArgs, rest, f"bevt slurm {argv[0]}", blank)
+    default, rest = _recipe(argv, "slurm", ALL_RECIPES)
+    kinds = {"pretrain": SlurmArgs, "finetune": SlurmFinetuneArgs, "contrast": SlurmContrastArgs}
+    kind: type[Any] = kinds[command_of(default)]
+    args: SlurmArgs = _parse(kind, rest, f"bevt slurm {argv[0]}", kind(out=tyro.MISSING, config=default))
     _, words = tyro.cli(SlurmOptions, args=rest, return_unknown_args=True)  # those that the run itself reads
     print(launch(args.config, args.job, args.out, [argv[0], *words], resume=args.resume))
     return 0
@@ -579,6 +600,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("pretrain",): _pretrain,
     ("finetune",): _finetune,
+    ("contrast",): _contrast,
     ("test",): _test,
     ("predict",): _predict,
     ("slurm",): _slurm,

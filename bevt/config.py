@@ -349,7 +349,37 @@ class FinetuneConfig:
     test: TestConfig = field(default_factory=TestConfig)
 
 
-AnyConfig = Config | FinetuneConfig
+@dataclass(frozen=True)
+class MoBYConfig:
+    """Contrastive learning of images by MoBY (arXiv 2105.04553)."""
+
+    queue: int = 4096
+    """Keys of earlier images among which each image's own is to be found; a multiple of `train.images`."""
+    temperature: float = 0.2
+    """By which similarities are divided."""
+    momentum: float = 0.99
+    """Share of the key encoder's weights that the first step keeps; it rises to 1 by cosine."""
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """One run of contrastive learning: two cuts of each image, distorted each in its own way, are told from others."""
+
+    recipe: str = "custom"
+    """Name of the recipe this came from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moby: MoBYConfig = field(default_factory=MoBYConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: BatchConfig = field(default_factory=BatchConfig)
+
+
+AnyConfig = Config | FinetuneConfig | ContrastConfig
+
+
+def command_of(config: AnyConfig) -> str:
+    """The command of `bevt` that runs it."""
+    return {Config: "pretrain", FinetuneConfig: "finetune", ContrastConfig: "contrast"}[type(config)]
 
 
 def tokenizer_settings(config: Config) -> TokenizerConfig:
@@ -426,8 +456,17 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def check(config: Config) -> None:
+def check(config: AnyConfig) -> None:
     """Raise ConfigError where the configuration cannot be run, naming the key. Touches no file."""
+    if isinstance(config, Config):
+        _check_pretraining(config)
+    elif isinstance(config, FinetuneConfig):
+        _check_finetuning(config)
+    else:
+        _check_contrast(config)
+
+
+def _check_pretraining(config: Config) -> None:
     m, d, t, o = config.model, config.data, config.train, config.optim
     _check_run(config)
     side, (_, wh, ww) = d.crop // 32, m.window_size  # stage 4's map; the others are 2, 4 and 8 times as large
@@ -474,8 +513,7 @@ def check(config: Config) -> None:
         raise ConfigError("train.cuda_graphs needs the compiled encoder: set train.compile to 'yes' or 'auto'")
 
 
-def check_finetune(config: FinetuneConfig) -> None:
-    """`check` for a run that learns classes."""
+def _check_finetuning(config: FinetuneConfig) -> None:
     d, t, h, a = config.data, config.train, config.head, config.augment
     _check_run(config)
     if t.clips and t.images:
@@ -500,6 +538,21 @@ def check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError("optim.ema has no meaning with head.probes: leave it at 0")
     if config.model.loss_impl != "auto":
         raise ConfigError("model.loss_impl is the masked-token loss's, which learns no classes: leave it out")
+
+
+def _check_contrast(config: ContrastConfig) -> None:
+    t, m = config.train, config.moby
+    _check_run(config)
+    if t.clips:
+        raise ConfigError("train.clips must be 0: images are what is contrasted")
+    if config.model.window_size[0] != 1:
+        raise ConfigError(f"model.window_size must be (1, h, w), of images, got {config.model.window_size}")
+    if m.queue % t.images:
+        raise ConfigError(f"moby.queue = {m.queue} is not a multiple of train.images = {t.images}")
+    if config.data.views:
+        raise ConfigError("data.views has no meaning where images are contrasted: leave it out")
+    if t.parallel == "fsdp":
+        raise ConfigError("train.parallel 'fsdp' cannot average the key encoder's shards: leave it at 'ddp'")
 
 
 def _check_run(config: AnyConfig) -> None:
@@ -599,6 +652,9 @@ def _check_ranges(config: AnyConfig) -> None:
             }
             if mask.tube[1] < mask.tube[0]:
                 raise ConfigError(f"{name}.tube must be a range, got {mask.tube}")
+    elif isinstance(config, ContrastConfig):
+        above_zero |= {"moby.queue": config.moby.queue, "moby.temperature": config.moby.temperature}
+        shares["moby.momentum"] = config.moby.momentum
     else:
         h, a, p = config.head, config.augment, config.optim
         above_zero |= {f"test.{name}": getattr(config.test, name) for name in ("clips", "crops", "memory")}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt.config import AnyConfig, Config, ConfigError, DataConfig, TrainConfig
+from bevt.config import AnyConfig, Config, ConfigError, ContrastConfig, DataConfig, TrainConfig
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
 from bevt.data.check import changed
@@ -217,6 +217,7 @@ class StepLoader:
         self._samplers = _samplers(
             config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept, labels=labels
         )
+        self._cuts = 2 if isinstance(config, ContrastConfig) else 1
         self._labels = "" if labels is None else hashlib.sha256(labels.tobytes()).hexdigest()[:16]
         held_out = [probe_source(source, kind, kept=True) for kind, source in held_out_sources(config)]
         self.choice = choose_backend(config, self._samplers, prefer, held_out)
@@ -324,7 +325,11 @@ class StepLoader:
                 share = micro * self._world_size + self._rank
                 yield Plan(
                     *(
-                        [self._samplers[stream].request(step * total + share * size + i) for i in range(size)]
+                        [
+                            self._samplers[stream].request(step * total + share * size + i, cut=cut)
+                            for i in range(size)
+                            for cut in range(self._cuts)
+                        ]
                         if total
                         else []
                         for stream, total, size in shares
@@ -546,7 +551,7 @@ def _replace(
     """Fill `into` from the next readable file of the epoch's order; what was read. Appends every failure to `bad`."""
     failed = [(request.path, reason)]
     for k in range(1, min(MOST_SUBSTITUTES, sampler.readable - 1) + 1):
-        other = adapt(sampler.request(request.position, substitute=k))
+        other = adapt(sampler.request(request.position, substitute=k, cut=request.cut))
         try:
             backend.read([other], [into])
         except ReadError as error:

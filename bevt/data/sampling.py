@@ -80,6 +80,8 @@ class Request:
     """(height, width) of the upright picture, as the manifest has it; (0, 0): not known."""
     label: int = -1
     """Number of its class; -1: none."""
+    cut: int = 0
+    """Which of several cuts of the position's file it is."""
 
     @property
     def path(self) -> str:
@@ -141,8 +143,8 @@ class Sampler:
     def __len__(self) -> int:
         return len(self._readable)
 
-    def request(self, position: int, substitute: int = 0) -> Request:
-        """The request at a global position; a pure function of (seed, position).
+    def request(self, position: int, substitute: int = 0, cut: int = 0) -> Request:
+        """The request at a global position; a pure function of (seed, position, cut): each cut has numbers of its own.
 
         `substitute` k takes the k-th readable file after that in the epoch's order instead, for a file that turns out
         unreadable. The numbers drawn, and so the mask, stay those of the position.
@@ -152,7 +154,7 @@ class Sampler:
         files, places = self._order(epoch)
         number = int(files[(np.searchsorted(places, place) + substitute) % self.readable])
         needed = _NUMBERS + data.frames + (2 * _ATTEMPTS if data.crop_area[1] else 0)
-        drawn = self._raw(needed, self.seed, epoch, position + 1)
+        drawn = self._raw(needed, self.seed, epoch, position + 1, cut)
         mask_seed, slot = int(drawn[9] >> np.uint64(1)), -1
         if data.views and self.train:
             view = int(drawn[10] % np.uint64(data.views))
@@ -187,6 +189,7 @@ class Sampler:
             jitter=jitter,
             mask_seed=mask_seed,
             slot=slot,
+            cut=cut,
         )
 
     def grid(self, number: int, clips: int, crops: int) -> list[Request]:
@@ -226,6 +229,7 @@ class Sampler:
         jitter: tuple[float, ...] = NO_JITTER,
         mask_seed: int = 0,
         slot: int = -1,
+        cut: int = 0,
     ) -> Request:
         """The request, with what the manifest knows of the file."""
         return Request(
@@ -246,6 +250,7 @@ class Sampler:
             turns=entry.turns,
             picture=(entry.height, entry.width),
             label=-1 if self.labels is None else int(self.labels[number]),
+            cut=cut,
         )
 
     def _frames(self, entry: Entry, u: np.ndarray | None, share: float) -> tuple[int, ...]:
@@ -279,12 +284,12 @@ class Sampler:
             self._orders[epoch] = order[places], places
         return self._orders[epoch]
 
-    def _raw(self, count: int, seed: int, epoch: int, key: int) -> np.ndarray:
+    def _raw(self, count: int, seed: int, epoch: int, key: int, cut: int = 0) -> np.ndarray:
         """(count,) uint64; `key` is 0 for the epoch's order, position + 1 for a sample.
 
         For the fixed views of a file, `seed` is _VIEWS, and its number and the view take the two other places.
         """
-        words = (seed, STREAMS.index(self.stream), epoch, key)
+        words = (seed, STREAMS.index(self.stream), epoch, key, *([cut] if cut else []))
         return np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
 
 

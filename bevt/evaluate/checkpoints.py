@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bevt.config import ConfigError, FinetuneConfig, check_finetune
+from bevt.config import ConfigError, FinetuneConfig, check
 from bevt.data.build import source_kind, view_batches
 from bevt.data.classes import class_numbers
 from bevt.data.entry import Entry
@@ -57,7 +57,7 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
         out = path.resolve().parent.parent / "test"
     if temporal and (stream == "images" or config.head.probes):
         raise ConfigError("--temporal is for models of clips with one head")
-    check_finetune(_labelled(config))
+    check(_labelled(config))
     if dump:
         require_parquet()
     if config.train.threads:

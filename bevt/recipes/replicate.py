@@ -9,13 +9,16 @@ from dataclasses import replace
 
 from bevt.config import (
     AugmentConfig,
+    BatchConfig,
     Config,
+    ContrastConfig,
     DataConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneTrainConfig,
     HeadConfig,
     MaskConfig,
+    MoBYConfig,
     ModelConfig,
     OptimConfig,
     TestConfig,
@@ -95,4 +98,20 @@ def replicate_image_supervised() -> FinetuneConfig:
         model=IMAGES,
         optim=replace(base.optim, layer_decay=1.0, max_steps=400),
         train=replace(base.train, clips=0, images=32, micro_images=32),
+    )
+
+
+def replicate_image_contrastive() -> ContrastConfig:
+    """The image-contrastive start of `bevt replicate`: MoBY on stills.
+
+    Command: bevt replicate. Cost and result: see replication/README.md.
+    """
+    base = replicate_image_stage()
+    return ContrastConfig(
+        recipe="replicate_image_contrastive",
+        model=IMAGES,
+        moby=MoBYConfig(queue=512),
+        data=replace(DATA, crop_area=(0.3, 1.0)),
+        optim=replace(base.optim, lr=1e-3, clip_grad=5.0),
+        train=BatchConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
     )

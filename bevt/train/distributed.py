@@ -86,7 +86,10 @@ class World:
         if parallel == "ddp":
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             whole = _Whole(model) if isinstance(model, BEVT) else model
-            return DistributedDataParallel(whole, device_ids=device_ids, gradient_as_bucket_view=True)
+            # Buffers are MoBY's queues, which all processes fill alike.
+            return DistributedDataParallel(
+                whole, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         # That its outputs may be views matters to whoever changes them in place, which nobody does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))

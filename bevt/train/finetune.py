@@ -11,7 +11,7 @@ from bevt_kernels import NoImplementation
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bevt.config import AnyConfig, ConfigError, FinetuneConfig, check_finetune, from_dict
+from bevt.config import AnyConfig, ConfigError, FinetuneConfig, check, from_dict
 from bevt.data.build import source_kind
 from bevt.data.classes import class_numbers, found_classes, read_classes, without_files
 from bevt.data.manifest import Manifest, open_source
@@ -35,7 +35,7 @@ def finetune(
 
     Held-out files are classified by one view each every `train.eval_every` epochs and at the end.
     """
-    check_finetune(config)
+    check(config)
     return run(Finetuning(config), out, resume=resume, quiet=quiet, profile=profile)
 
 

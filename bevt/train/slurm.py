@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bevt.config import AnyConfig, Config, ConfigError, UserError, check, check_finetune
+from bevt.config import AnyConfig, Config, ConfigError, UserError, check, command_of
 
 MARGIN = 30
 """Seconds of `SlurmOptions.grace` that are left, once the processes have ended, to requeue the job."""
@@ -88,7 +88,7 @@ def launch(config: AnyConfig, options: SlurmOptions, out: Path, words: Sequence[
         raise SlurmError(
             "bevt slurm needs submitit, which is not installed: pip install 'bevt[slurm]', or pip install submitit"
         ) from error
-    command = "pretrain" if isinstance(config, Config) else "finetune"
+    command = command_of(config)
     folder, node = out.absolute() / "slurm", Node(options, (command, *words))
     if options.dry_run:
 
@@ -139,15 +139,13 @@ def _check(config: AnyConfig, options: SlurmOptions, out: Path, resume: bool) ->
     for word in options.sbatch:
         if word.startswith(("-", "=")):
             raise ConfigError(f"--sbatch takes options as KEY=VALUE or KEY, without dashes, got {word!r}")
-    if isinstance(config, Config):
-        check(config)
-    else:
-        check_finetune(config)
+    check(config)
     accumulation(config, options.nodes * options.gpus_per_node)
     if isinstance(config, Config) and not Path(config.tokenizer.path).is_file():
         raise ConfigError(f"tokenizer.path = {config.tokenizer.path!r} is no file that is seen here")
-    if config.init and not Path(config.init).exists():
-        raise ConfigError(f"init = {config.init!r} is not seen here")
+    init = getattr(config, "init", "")
+    if init and not Path(init).exists():
+        raise ConfigError(f"init = {init!r} is not seen here")
     if not resume and (out / "metrics.jsonl").exists():
         raise SlurmError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,25 @@ import torch
 from tiny import TORCHRUN, changed, command, output
 from torch import Tensor
 
-from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from bevt.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneTrainConfig,
+    HeadConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    TestConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from bevt.data import shapes
 from bevt.data.batch import Batch
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
+from bevt.train.finetune import finetune
 from bevt.train.pretrain import pretrain
 
 CODES = 32
@@ -109,3 +125,64 @@ def batch() -> Batch:
         image_masks=masks(8),
         image_jitter=torch.tensor([[1.1, 0.9, 1.2, 2.0, 0.0, 1.0]]).repeat(8, 1),
     )
+
+
+@pytest.fixture(scope="session")
+def lists(dataset: shapes.ShapesPaths) -> Path:
+    """Folder with `train.txt` and `val.txt`: clips labelled 0, 1, 2 in turn; and `images.txt`, `val_images.txt`."""
+    folder = Path(dataset.labels).parent
+    with open(dataset.labels, newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    for name, split in (
+        ("train.txt", "train_clips/"),
+        ("val.txt", "val_clips/"),
+        ("images.txt", "train_images/"),
+        ("val_images.txt", "val_images/"),
+    ):
+        mine = [path for path in paths if path.startswith(split)]
+        (folder / name).write_text("".join(f"{path} {i % 3}\n" for i, path in enumerate(mine)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(config: Config, lists: Path) -> FinetuneConfig:
+    """Six steps of 4 clips in two micro-batches, with everything that draws random numbers."""
+    return FinetuneConfig(
+        recipe="ssv2",
+        model=replace(config.model, drop_path=0.2),
+        head=HeadConfig(dropout=0.3),
+        data=replace(
+            config.data,
+            clips=str(lists / "train.txt"),
+            images="",
+            val_clips=str(lists / "val.txt"),
+            crop_area=(0.3, 1.0),
+            short_side=(64, 64),
+            jitter=0.0,
+        ),
+        augment=AugmentConfig(rand_augment=2, magnitude=7, erasing=0.5, label_smoothing=0.1, mixup=0.8, cutmix=1.0),
+        optim=FinetuneOptimConfig(
+            lr=1e-3, clip_grad=1.0, layer_decay=0.8, max_steps=6, epochs=3, warmup_epochs=0.5, schedule="epoch", ema=0.9
+        ),
+        train=FinetuneTrainConfig(
+            clips=4,
+            images=0,
+            micro_clips=2,
+            precision="float32",
+            log_every=1,
+            checkpoint_every=3,
+            eval_every=1,
+            threads=1,
+        ),
+        test=TestConfig(clips=2, crops=3),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_tuning(tuned: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    result = finetune(tuned, out, quiet=True)
+    assert result.finished
+    assert set(result.evaluation) == {"val_top1", "val_mean_class"}
+    return out

@@ -64,6 +64,7 @@ USAGE = """usage: bevt COMMAND ...
   data index SOURCE       probe every file of a folder or list into a manifest
   data check SOURCE       say what is wrong with the files, and what to do
   data bench SOURCE       how fast each backend makes samples of the files, part by part
+  rates RECIPE            every parameter's learning rate and weight decay in a finetuning recipe
   budget RECIPE           multiply-adds, parameters, memory and hours of a recipe
   doctor                  what this installation can do, and what is missing
 
@@ -280,6 +281,17 @@ class DataBenchArgs:
     """Of each of some eight measurements."""
     batch: int = 8
     """Samples in a micro-batch."""
+
+
+@dataclass(frozen=True)
+class RatesArgs:
+    """Every parameter's learning rate over the run's, and its weight decay; nothing is trained."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
+    """A published Video Swin size in place of the recipe's."""
+    classes: int = 400
+    """Classes of the head."""
 
 
 @dataclass(frozen=True)
@@ -576,6 +588,19 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
     return manifest
 
 
+def _rates(argv: list[str]) -> int:
+    from bevt.recipes import FINETUNE_RECIPES
+
+    default, rest = _recipe(argv, "rates", FINETUNE_RECIPES)
+    args = _parse(RatesArgs, rest, f"bevt rates {argv[0]}", RatesArgs(config=default))
+    from bevt.train.finetune import rates
+
+    print(f"{'parameter':64} {'rate':>10} {'decay':>8}")
+    for name, rule in rates(args.config, args.classes).items():
+        print(f"{name:64} {rule.factor:10.6f} {rule.weight_decay:8g}")
+    return 0
+
+
 def _budget(argv: list[str]) -> int:
     from bevt.recipes import RECIPES
 
@@ -609,6 +634,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("data", "index"): _data_index,
     ("data", "check"): _data_check,
     ("data", "bench"): _data_bench,
+    ("rates",): _rates,
     ("budget",): _budget,
     ("doctor",): _doctor,
 }

@@ -299,8 +299,8 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW, its schedule, and each layer's share of the rate."""
 
     layer_decay: float = 1.0
-    """Each layer's rate over that of the next: the head has `lr`, the final norm this share of it, then every block and
-    every merging down to the patch embedding one rung each."""
+    """Each layer's rate over that of the next: the head has `lr`, the final norm and the last block this share of it,
+    then every block, every merging and the patch embedding one rung each."""
     backbone_factor: float = 1.0
     """Rate of everything but the head over `lr`."""
     schedule: Literal["step", "epoch"] = "step"

@@ -46,9 +46,9 @@ def bars(
     if shown:
         low = min(shown) - 3
         right.barh(rows, [(value - low if value is not None else 0) for value in published], left=low, color=PAPER)
-        for y, value in zip(rows, published):
-            text = f"{value:.1f}" if value is not None else "not in the paper"
-            right.text((value if value is not None else low) + 0.1, y, text, va="center", fontsize=9)
+        for y, top1 in zip(rows, published):
+            text = f"{top1:.1f}" if top1 is not None else "not in the paper"
+            right.text((low if top1 is None else top1) + 0.1, y, text, va="center", fontsize=9)
         right.set_xlim(low, max(shown) + 1)
     left.set_yticks(rows, names, fontsize=10)
     left.set_xlim(0, 110)

@@ -88,9 +88,7 @@ class Finetuning(Task):
         return model, ""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        config = self.config
-        rule = probing_rule(config) if config.head.probes else finetuning_rule(config.optim, config.model)
-        return build_optimizer(model, config.optim, rule=rule)
+        return build_optimizer(model, self.config.optim, rule=rule_of(self.config))
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
         if self.config.optim.ema:
@@ -171,8 +169,21 @@ def head_names(config: FinetuneConfig) -> tuple[str, ...]:
     return tuple(f"{kind} {rate:g}" for kind in config.head.probes for rate in config.head.probe_lrs)
 
 
-def probing_rule(config: FinetuneConfig) -> Callable[[str], Rule]:
-    """The rates and decays of `Probes`' parameters, by name."""
+def rule_of(config: FinetuneConfig) -> Callable[[str], Rule]:
+    """The rates and decays of the parameters of the configuration's model, by name."""
+    return _probing_rule(config) if config.head.probes else finetuning_rule(config.optim, config.model)
+
+
+def rates(config: FinetuneConfig, classes: int) -> dict[str, Rule]:
+    """Every trained parameter's, by name, in the order of the model; nothing is allocated."""
+    rule = rule_of(config)
+    with torch.device("meta"):
+        model = build_classifier(config, classes, torch.device("meta"))
+    return {name: rule(name) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _probing_rule(config: FinetuneConfig) -> Callable[[str], Rule]:
+    """Of `Probes`."""
     rates = [rate for _ in config.head.probes for rate in config.head.probe_lrs]
     decay = config.optim.weight_decay
     return lambda name: Rule(rates[int(name.split(".")[1])], 0.0 if undecayed(name) else decay)

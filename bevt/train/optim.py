@@ -31,11 +31,11 @@ def pretraining_rule(config: OptimConfig) -> Callable[[str], Rule]:
 
 
 def rungs(depths: Sequence[int]) -> list[str]:
-    """The parts of `VideoSwinClassifier` below its head, from the final norm down, as prefixes of parameters' names.
+    """The parts of `VideoSwinClassifier` below its head, from the last block down, as prefixes of parameters' names.
 
-    Each is a rung of the layer decay: for Swin-B 28, as many as the official configuration lists.
+    Each is a rung of the layer decay, for Swin-B 28, as in the official configuration; the final norm is on the first.
     """
-    below = ["norm"]
+    below = []
     for stage in reversed(range(len(depths))):
         if stage < len(depths) - 1:
             below.append(f"encoder.layers.{stage}.downsample")
@@ -50,7 +50,8 @@ def finetuning_rule(config: FinetuneOptimConfig, model: ModelConfig) -> Callable
     makes of the official configurations (quirk D): of their keys that occur in a parameter's name the longest counts
     alone, so that bias tables train at the full rate, and norms inside a layer that has a key decay.
     """
-    rates = {part: config.layer_decay ** (i + 1) for i, part in enumerate(rungs(model.depths))}
+    rates = {"norm": config.layer_decay}
+    rates |= {part: config.layer_decay ** (i + 1) for i, part in enumerate(rungs(model.depths))}
     decay = config.weight_decay
 
     def clean(name: str) -> Rule:

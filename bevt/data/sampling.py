@@ -117,7 +117,8 @@ class Sampler:
     of them a position takes, and its mask, are drawn as everything else.
 
     Position p of epoch e uses eleven numbers, in this order: start, short side, top, left, flip, brightness, contrast,
-    saturation, order, mask seed, view; then, for `segments`, one a frame; then, for `crop_area`, two a box.
+    saturation, order, mask seed, view; then, for `segments`, one a frame; then, for `crop_area`, the areas of ten boxes
+    and their aspects.
 
     `labels` (files,) are the numbers of the files' classes.
     """

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.foreign import torchvision_schemas
 from bevt.config import DataConfig
 from bevt.data import DataError
+from bevt.data.cut import cut
 from bevt.data.files import File
 from bevt.data.manifest import Entry, Manifest
-from bevt.data.sampling import NO_JITTER, Sampler, Stream
+from bevt.data.sampling import NO_JITTER, Request, Sampler, Stream
 
 CLIPS = Manifest(
     "clips",
@@ -252,3 +256,184 @@ def test_jumps_to_key_frames() -> None:
     sparse = Sampler(manifest, SEGMENTS, "clips", 0, train=False).request(0)
     assert sparse.frames == (18, 55, 93, 130, 168, 205, 243, 280)
     assert [number for number, _ in sparse.seeks] == [12, 48, 84, 120, 168, 204, 240, 276]
+
+
+BOXES = DataConfig(crop_area=(0.08, 1.0))
+
+
+def of_size(width: int, height: int) -> Manifest:
+    """One video of frames of this size."""
+    return replace(CLIPS, entries=(replace(CLIPS.entries[0], width=width, height=height),))
+
+
+@given(position=st.integers(0, 10**6), width=st.integers(1, 2000), height=st.integers(1, 2000))
+def test_boxes_lie_in_the_frame(position: int, width: int, height: int) -> None:
+    """The crop lies in the resized frame, whose sides are stretched by at most 4/3 against each other.
+
+    Of whole pixels: half of one is left for the box's sides, another for the frame's.
+    """
+    request = Sampler(of_size(width, height), BOXES, "clips", 0).request(position)
+    assert request.size == 224
+    for at, side in zip(request.crop, request.resize):
+        assert 0 <= at <= side - 224
+    high, wide = (
+        (np.array([-0.5, 0.5]) + 224 * side / (resized + np.array([0.5, -0.5])))
+        for side, resized in zip((height, width), request.resize)
+    )
+    assert 3 / 4 <= wide[1] / max(high[0], 1e-9)
+    assert wide[0] / high[1] <= 4 / 3
+
+
+@pytest.fixture(scope="module")
+def transforms() -> ModuleType:
+    torchvision_schemas()
+    reason = "needs torchvision: pip install --no-deps torchvision==0.28.0 (make test does it)"
+    return pytest.importorskip("torchvision.transforms", reason=reason)
+
+
+def box(request: Request, width: int, height: int) -> tuple[float, float, float, float]:
+    """(top, left, height, width) in the frame of what a request cuts out, up to its rounding."""
+    down, right = height / request.resize[0], width / request.resize[1]
+    return request.crop[0] * down, request.crop[1] * right, 224 * down, 224 * right
+
+
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.3, 0.5)])
+def test_boxes_are_those_of_random_resized_crop(transforms: ModuleType, area: tuple[float, float]) -> None:
+    """Place, sides, area and aspect have torchvision's distributions: Kolmogorov-Smirnov at a level of 1e-6.
+
+    The two differ in what they do after ten boxes that do not fit, which does not happen to frames of 400 x 300.
+    """
+    sampler = Sampler(of_size(400, 300), replace(BOXES, crop_area=area), "clips", 0)
+    count = 4000
+    ours = np.array([box(sampler.request(position), 400, 300) for position in range(count)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blank = torch.zeros(3, 300, 400)
+        draw = transforms.RandomResizedCrop.get_params
+        theirs = np.array([draw(blank, area, (3 / 4, 4 / 3)) for _ in range(count)])
+    limit = np.sqrt(-np.log(1e-6 / 2) / 2 * 2 / count)
+    for name, figure in (
+        ("top", lambda b: b[:, 0]),
+        ("left", lambda b: b[:, 1]),
+        ("height", lambda b: b[:, 2]),
+        ("width", lambda b: b[:, 3]),
+        ("area", lambda b: b[:, 2] * b[:, 3]),
+        ("aspect", lambda b: b[:, 3] / b[:, 2]),
+        ("place in what is free", lambda b: (b[:, 1] + 0.5) / (401 - b[:, 3])),
+    ):
+        both = [np.sort(figure(boxes)) for boxes in (ours, theirs)]
+        at = np.concatenate(both)
+        shares = [np.searchsorted(values, at, side="right") / count for values in both]
+        assert np.abs(shares[0] - shares[1]).max() < limit, name
+
+
+def test_numbers_of_a_box_have_nothing_to_do_with_each_other() -> None:
+    """Both places, area, aspect, flip and first frame: correlations below 5 standard errors, where every box fits."""
+    sampler = Sampler(of_size(400, 300), replace(BOXES, crop_area=(0.1, 0.3)), "clips", 0)
+    requests = [sampler.request(position) for position in range(4000)]
+    top, left, high, wide = np.array([box(request, 400, 300) for request in requests]).T
+    others = np.array([(request.flip, request.frames[0]) for request in requests]).T
+    columns = np.array([top / (300 - high), left / (400 - wide), high * wide, np.log(wide / high), *others])
+    assert np.abs(np.corrcoef(columns) - np.eye(6)).max() < 5 / np.sqrt(4000)
+
+
+def test_a_frame_that_no_box_fits() -> None:
+    """The largest square, in the middle: of 1000 x 10 pixels 10 x 10, resized to 224 with all that is beside it."""
+    for width, height, resize, crop in (
+        (1000, 10, (224, 22400), (0, 495 * 224 // 10)),
+        (11, 1100, (22400, 224), (round(544 * 224 / 11), 0)),
+    ):
+        sampler = Sampler(of_size(width, height), BOXES, "clips", 0)
+        assert {(r.resize, r.crop) for r in map(sampler.request, range(20))} == {(resize, crop)}
+
+
+def test_a_cut_box_is_the_resized_box() -> None:
+    """Every pixel of the result shows the place in the frame that it would if the box were cut out and resized.
+
+    Up to one pixel of the result, where the frame's size and the box's corner after the resize are rounded (a half
+    each), and a level for the picture's own rounding. The frame, smaller than the crop so that its whole pixels can be
+    told from the request, says where it is: red rises from left to right, green from top to bottom, in steps of 4.
+    """
+    width, height, size = 62, 50, 64
+    rows, columns = np.mgrid[:height, :width]
+    frame = np.stack([4 * columns, 4 * rows, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    sampler = Sampler(of_size(width, height), replace(BOXES, crop=size, short_side=(64, 64)), "clips", 0)
+    flipped = 0
+    for request in map(sampler.request, range(200)):
+        out = torch.zeros(size, size, 3, dtype=torch.uint8)
+        cut(frame, [(request, out)])
+        seen = (out.flip(1) if request.flip else out).double().numpy() / 4
+        flipped += request.flip
+        for shown, side, resized, at in (
+            (seen[..., 0], width, request.resize[1], request.crop[1]),
+            (seen[..., 1].T, height, request.resize[0], request.crop[0]),
+        ):
+            length = round(side * size / resized)
+            first = round(at * length / size)
+            assert 0 <= first <= side - length
+            wanted = first + (np.arange(size) + 0.5) * length / size - 0.5
+            inside = (wanted > 2) & (wanted < side - 3)  # the kernel reaches two pixels, at the border fewer
+            error = np.abs(shown - wanted)[:, inside]
+            assert error.max(initial=0) <= length / size + 1 / 4, request
+    assert 60 < flipped < 140
+
+
+@given(position=st.integers(0, 10**6), seed=st.integers(0, 2**31), substitute=st.integers(0, 10))
+def test_boxes_are_pure(position: int, seed: int, substitute: int) -> None:
+    """A function of seed and position, whatever was asked before."""
+    used = Sampler(IMAGES, BOXES, "images", seed)
+    used.request(position // 3, cut=1)
+    assert used.request(position, substitute) == Sampler(IMAGES, BOXES, "images", seed).request(position, substitute)
+
+
+@pytest.mark.parametrize("sampling", ["dense", "segments"])
+def test_boxes_change_no_other_number(sampling: str) -> None:
+    """Frames, flip, jitter and mask of a position are those without a box; at evaluation nothing changes."""
+    for manifest, stream in ((CLIPS, "clips"), (IMAGES, "images")):
+        plain = replace(DataConfig(), sampling=sampling)
+        boxed = replace(plain, crop_area=(0.08, 1.0))
+        without, sampler = (Sampler(manifest, data, stream, 5) for data in (plain, boxed))  # type: ignore[arg-type]
+        for position in range(40):
+            request = sampler.request(position)
+            assert replace(request, resize=(0, 0), crop=(0, 0)) == replace(
+                without.request(position), resize=(0, 0), crop=(0, 0)
+            )
+        held_out = [Sampler(manifest, data, stream, 5, train=False) for data in (plain, boxed)]  # type: ignore[arg-type]
+        for number in range(7):
+            assert held_out[1].request(number) == held_out[0].request(number)
+            assert held_out[1].grid(number, 2, 3) == held_out[0].grid(number, 2, 3)
+
+
+def test_known_boxes() -> None:
+    """The samples of a seed never change: a resumed run has to find them again."""
+    request = Sampler(IMAGES, BOXES, "images", 0).request(12345)
+    assert (request.path, request.resize, request.crop) == ("/images/10.jpg", (400, 605), (52, 47))
+    second = Sampler(IMAGES, BOXES, "images", 0).request(12345, cut=1)
+    assert (second.path, second.resize, second.crop) == ("/images/10.jpg", (256, 315), (2, 38))
+
+
+def test_cuts_of_a_position() -> None:
+    """Two of one file, each with a box, a flip and a mask of its own; the first is what no cut asks for."""
+    sampler = Sampler(IMAGES, BOXES, "images", 0)
+    firsts, seconds = ([sampler.request(position, cut=cut) for position in range(400)] for cut in (0, 1))
+    assert firsts == [sampler.request(position) for position in range(400)]
+    assert [request.path for request in firsts] == [request.path for request in seconds]
+    assert {request.cut for request in seconds} == {1}
+    assert all((a.resize, a.crop) != (b.resize, b.crop) for a, b in zip(firsts, seconds))
+    assert len({request.mask_seed for request in firsts + seconds}) == 800
+    assert len({request.jitter for request in firsts + seconds}) == 800
+    alike = sum(a.flip == b.flip for a, b in zip(firsts, seconds))
+    assert abs(alike - 200) < 4 * np.sqrt(100), "flips of the two have nothing to do with each other"
+    assert sampler.request(7, substitute=2, cut=1).path == sampler.request(9).path
+
+
+def test_labels_are_the_files() -> None:
+    """Of a training request, of one that a substitute serves, and of every test view."""
+    labels = np.arange(50) * 3 % 7
+    sampler = Sampler(IMAGES, DataConfig(), "images", 0, labels=labels)
+    for position in range(120):
+        for substitute in (0, 1):
+            request = sampler.request(position, substitute)
+            assert request.label == labels[int(request.path.split("/")[-1].split(".")[0])]
+    assert {view.label for view in sampler.grid(11, 2, 3)} == {labels[11]}
+    assert Sampler(IMAGES, DataConfig(), "images", 0).request(0).label == -1

@@ -109,12 +109,15 @@ assert (world.any(one), world.any(False)) == (True, False)
 assert (bool(world.all(torch.tensor(one))), bool(world.all(torch.tensor(both)))) == (False, True)
 assert world.mean(torch.tensor([world.rank, 3.0])).tolist() == [0.5, 3.0]
 assert world.concatenate(torch.tensor([[world.rank], [2]]), 1).tolist() == [[0, 1], [2, 2]]
+assert world.gather({"rank": world.rank, "values": [1.5] * world.rank}) == [
+    {"rank": 0, "values": []}, {"rank": 1, "values": [1.5]}
+]
 world.barrier()
 world.close()
 """
 
 
 def test_what_the_processes_agree_on(tmp_path: Path) -> None:
-    """A signal or a loss that is not finite on one process counts on both."""
+    """A signal or a loss that is not finite on one process counts on both; what each has found, both learn."""
     (tmp_path / "script.py").write_text(SCRIPT)
     output([*TORCHRUN, str(tmp_path / "script.py")])

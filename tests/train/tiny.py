@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bevt.config import AnyConfig, Config, to_dict
-from bevt.recipes import FINETUNE_RECIPES, RECIPES
+from bevt.config import AnyConfig, Config, command_of, to_dict
+from bevt.recipes import ALL_RECIPES
 from bevt.train.metrics import read_rows
 from bevt.train.optim import build_optimizer
 
@@ -37,14 +37,12 @@ def changed(config: C, **groups: dict[str, Any]) -> C:
 
 
 def command(config: AnyConfig, out: Path, *options: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """`bevt pretrain` or `finetune` of `config`, every key that differs from the recipe's given as a flag."""
-    if isinstance(config, Config):
-        words, base = [*python, "-m", "bevt", "pretrain", RECIPE], to_dict(RECIPES[RECIPE]())
-    else:
-        words, base = [*python, "-m", "bevt", "finetune", config.recipe], to_dict(FINETUNE_RECIPES[config.recipe]())
+    """`bevt pretrain`, `finetune` or `contrast`: every key that differs from the recipe's given as a flag."""
+    recipe = RECIPE if isinstance(config, Config) else config.recipe
+    words, base = [*python, "-m", "bevt", command_of(config), recipe], to_dict(ALL_RECIPES[recipe]())
     words += ["--out", str(out), *options]
-    if config.init:
-        words += ["--init", config.init]
+    if init := getattr(config, "init", ""):
+        words += ["--init", init]
     for group, values in to_dict(config).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if value != base[group][key]:

@@ -542,15 +542,16 @@ def _check_finetuning(config: FinetuneConfig) -> None:
 
 def _check_contrast(config: ContrastConfig) -> None:
     t, m = config.train, config.moby
-    _check_run(config)
     if t.clips:
         raise ConfigError("train.clips must be 0: images are what is contrasted")
+    _check_run(config)
     if config.model.window_size[0] != 1:
         raise ConfigError(f"model.window_size must be (1, h, w), of images, got {config.model.window_size}")
     if m.queue % t.images:
         raise ConfigError(f"moby.queue = {m.queue} is not a multiple of train.images = {t.images}")
-    if config.data.views:
-        raise ConfigError("data.views has no meaning where images are contrasted: leave it out")
+    for key in ("views", "jitter", "val_images"):  # the two views have a jitter of their own, and nothing is held out
+        if getattr(config.data, key):
+            raise ConfigError(f"data.{key} has no meaning where images are contrasted: leave it out")
     if t.parallel == "fsdp":
         raise ConfigError("train.parallel 'fsdp' cannot average the key encoder's shards: leave it at 'ddp'")
 

@@ -14,14 +14,31 @@ import pytest
 import torch
 
 from bevt import budget, cli, masking
-from bevt.config import SIZES, Config, DataConfig, MaskConfig, Size, check, resized
+from bevt.config import (
+    SIZES,
+    AnyConfig,
+    BatchConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    FinetuneConfig,
+    MaskConfig,
+    MoBYConfig,
+    Size,
+    check,
+    command_of,
+    resized,
+)
 from bevt.models.bevt import MaskedInput
-from bevt.recipes import RECIPES
+from bevt.models.classifier import VideoSwinClassifier
+from bevt.recipes import ALL_RECIPES, CONTRAST_RECIPES, FINETUNE_RECIPES, RECIPES
 from bevt.tokenizers.vq import VQConfig, VQModel, VQTokenizer
 from bevt.train.optim import total_steps
 from bevt.train.pretrain import build_model
 
-PAPER = [name for name in RECIPES if not name.startswith("demo")]
+PAPER = [name for name in RECIPES if not name.startswith(("demo", "replicate"))]
+CLASSES = [name for name in FINETUNE_RECIPES if not name.startswith("replicate")]
+"""Of learning classes."""
 
 GRID = (8, 14, 14)
 """16 frames of 224 pixels."""
@@ -29,7 +46,7 @@ GRID = (8, 14, 14)
 
 def parts(name: str) -> dict[str, str]:
     """The docstring's paragraphs by what they begin with; of several commands, each with what it is for."""
-    doc = inspect.getdoc(RECIPES[name]) or ""
+    doc = inspect.getdoc(ALL_RECIPES[name]) or ""
     found = re.findall(r"^(Command[^:]*|Cost|Expected|Settings): (.*?)(?=\n\n|\n[A-Z][^\n:]*: |\Z)", doc, re.M | re.S)
     return {key: " ".join(text.split()) for key, text in found}
 
@@ -43,9 +60,27 @@ def parsed(command: str) -> Config:
     """The configuration of a `bevt pretrain` command, by the command line's own parser; MASK may be left open."""
     words = shlex.split(command.replace(" MASK ", " "))
     assert words[:2] == ["bevt", "pretrain"]
-    default, rest = cli._recipe(words[2:], "pretrain")
+    default, rest = cli._recipe(words[2:], "pretrain", RECIPES)
     arguments = cli.PretrainArgs(out=cli.tyro.MISSING, config=default)
     return cli._parse(cli.PretrainArgs, rest, "bevt pretrain", arguments).config
+
+
+def finetuned(command: str) -> FinetuneConfig:
+    """Likewise of a `bevt finetune` command."""
+    words = shlex.split(command)
+    assert words[:2] == ["bevt", "finetune"]
+    default, rest = cli._recipe(words[2:], "finetune", FINETUNE_RECIPES)
+    arguments = cli.FinetuneArgs(out=cli.tyro.MISSING, config=default)
+    return cli._parse(cli.FinetuneArgs, rest, "bevt finetune", arguments).config
+
+
+def contrasted(command: str) -> ContrastConfig:
+    """Likewise of a `bevt contrast` command."""
+    words = shlex.split(command)
+    assert words[:2] == ["bevt", "contrast"]
+    default, rest = cli._recipe(words[2:], "contrast", CONTRAST_RECIPES)
+    arguments = cli.ContrastArgs(out=cli.tyro.MISSING, config=default)
+    return cli._parse(cli.ContrastArgs, rest, "bevt contrast", arguments).config
 
 
 def mask_rows() -> dict[str, str]:
@@ -231,8 +266,110 @@ def test_frames_cost_what_images_cost() -> None:
 
 def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     """`bevt pretrain` names each with its first line, which ends there and fits a terminal of 120 columns."""
-    with pytest.raises(SystemExit):
-        cli._recipe([], "pretrain")
-    lines = capsys.readouterr().out.splitlines()[3:]
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert all(len(line) <= 120 and line.endswith(".") for line in lines)
+    for command, recipes in (("pretrain", RECIPES), ("finetune", FINETUNE_RECIPES), ("contrast", CONTRAST_RECIPES)):
+        with pytest.raises(SystemExit):
+            cli.COMMANDS[command,]([])
+        lines = capsys.readouterr().out.splitlines()[3:]
+        assert [line.split()[0] for line in lines] == list(recipes)
+        assert all(len(line) <= 120 and line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize("name", ALL_RECIPES)
+def test_a_recipe_knows_its_name_and_command(name: str) -> None:
+    """What `bevt test` and `bevt slurm` go by."""
+    config = ALL_RECIPES[name]()
+    assert config.recipe == name
+    known = {"pretrain": RECIPES, "finetune": FINETUNE_RECIPES, "contrast": CONTRAST_RECIPES}
+    assert name in known[command_of(config)]
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "image_contrastive"])
+def test_docstring_says_command_and_result(name: str) -> None:
+    said = parts(name)
+    assert {"Command", "Expected", "Settings"} <= said.keys()
+    command = "contrast" if name == "image_contrastive" else "finetune"
+    assert said["Command"].startswith(f"bevt {command} {name} ")
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "image_contrastive"])
+def test_commands_of_learning_classes_can_be_run(name: str) -> None:
+    """They parse, name every path that is needed, and start from or test what has been written before."""
+    written = {"runs/joint_stage"}
+    for command in commands(name):
+        words = shlex.split(command)
+        if words[1] == "test":
+            path = words[3].removesuffix("/checkpoints/last")
+            assert path in written
+            default, rest = cli._recipe(words[2:], "test", FINETUNE_RECIPES)
+            assert default == FINETUNE_RECIPES[name]()
+            assert cli._parse(cli.TestArgs, rest[1:], "bevt test", cli.TestArgs(config=default)).config == default
+            continue
+        config: AnyConfig = contrasted(command) if words[1] == "contrast" else finetuned(command)
+        check(config)
+        if isinstance(config, FinetuneConfig):
+            assert config.init.removesuffix("/checkpoints/last") in {"", *written}
+            stream = "clips" if config.train.clips else "images"
+            assert getattr(config.data, f"val_{stream}")
+        written.add(words[-1])
+
+
+TABLE = {
+    "k400": {
+        "optim.betas": (0.9, 0.999), "optim.lr": 3e-4, "optim.layer_decay": 0.9, "optim.backbone_factor": 1.0,
+        "optim.weight_decay": 0.001, "optim.epochs": 60, "optim.warmup_epochs": 2.5, "optim.warmup_factor": 0.1,
+        "optim.schedule": "epoch", "optim.clip_grad": 40, "optim.ema": 0.0, "model.drop_path": 0.3,
+        "model.window_size": (8, 7, 7), "head.dropout": 0.5, "train.clips": 64, "train.images": 0, "data.frames": 32,
+        "data.sampling": "dense", "data.stride": 2, "data.crop": 224, "data.crop_area": (0.08, 1.0), "data.flip": 0.5,
+        "augment.rand_augment": 0, "augment.erasing": 0.0, "augment.label_smoothing": 0.0, "augment.mixup": 0.0,
+        "augment.cutmix": 0.0, "test.clips": 4, "test.crops": 3, "data.short_side": (224, 224),
+    },
+    "ssv2": {
+        "optim.betas": (0.9, 0.999), "optim.lr": 5e-4, "optim.layer_decay": 1.0, "optim.backbone_factor": 0.1,
+        "optim.weight_decay": 0.05, "optim.epochs": 60, "optim.warmup_epochs": 2.5, "optim.warmup_factor": 0.1,
+        "optim.schedule": "epoch", "optim.clip_grad": 0, "model.drop_path": 0.4, "model.window_size": (16, 7, 7),
+        "head.dropout": 0.5, "train.clips": 64, "train.images": 0, "data.frames": 32, "data.sampling": "segments",
+        "data.crop": 224, "data.crop_area": (0.08, 1.0), "data.flip": 0.0, "augment.rand_augment": 4,
+        "augment.magnitude": 7, "augment.erasing": 0.25, "augment.label_smoothing": 0.1, "augment.mixup": 0.0,
+        "augment.cutmix": 0.0, "test.clips": 1, "test.crops": 3, "data.short_side": (224, 224),
+    },
+}  # fmt: skip
+"""The paper's appendix and the official configurations, key by key."""
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_finetuning_settings(name: str) -> None:
+    config = FINETUNE_RECIPES[name]()
+    assert replace(config.model, drop_path=0.3, window_size=(8, 7, 7)) == SIZES["base"]
+    for key, value in TABLE[name].items():
+        group, _, field = key.partition(".")
+        assert getattr(getattr(config, group), field) == value, key
+
+
+def test_the_average_of_eight_micro_batches() -> None:
+    """Something-Something's: mmcv's hook keeps 0.9998 of the average at each of the eight that make a step."""
+    assert FINETUNE_RECIPES["ssv2"]().optim.ema == pytest.approx(0.9998**8, abs=5e-6)
+
+
+def test_diving48_is_finetuned_as_kinetics() -> None:
+    """Nothing was published but the number of parameters, of the 8x7x7 window."""
+    assert replace(FINETUNE_RECIPES["diving48"](), recipe="k400") == FINETUNE_RECIPES["k400"]()
+
+
+def test_settings_of_moby() -> None:
+    """Those of its authors' Swin-T (arXiv 2105.04553, section 4)."""
+    config = CONTRAST_RECIPES["image_contrastive"]()
+    assert config.moby == MoBYConfig(queue=4096, temperature=0.2, momentum=0.99)
+    assert config.model == replace(SIZES["base"], window_size=(1, 7, 7), drop_path=0.2)
+    assert config.train == BatchConfig(clips=0, images=512)
+    optim = config.optim
+    assert (optim.lr, optim.weight_decay, optim.epochs, optim.warmup_epochs) == (1e-3, 0.05, 300, 5)
+
+
+def test_parameters_of_the_classifier() -> None:
+    """Swin-B with Kinetics-400's classes: as many as torchvision says of its `swin3d_b`, 88.1 M in the paper."""
+    config = FINETUNE_RECIPES["k400"]()
+    with torch.device("meta"):
+        model = VideoSwinClassifier(config.model, 400)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 88_048_984
+    assert count / 1e6 == pytest.approx(88.1, abs=0.06)

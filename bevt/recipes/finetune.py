@@ -30,7 +30,8 @@ def k400() -> FinetuneConfig:
     --data.val-clips K400/val.csv --out runs/k400
     Command, then: bevt test k400 runs/k400/checkpoints/last
     Expected: 80.6 from BEVT after BEVT-I, 78.5 after BEVT from scratch, 80.5 after BEVT-I alone.
-    Settings: the official configuration's. Not published: what held-out views are made in between; here one a video.
+    Settings: the official configuration's, but that the one view of a held-out video in between is of short side 224,
+    as in the test, and not of 256.
     """
     return FinetuneConfig(
         recipe="k400",
@@ -52,7 +53,7 @@ def k400() -> FinetuneConfig:
 
 
 def ssv2() -> FinetuneConfig:
-    """Something-Something V2: 60 epochs of 32 frames spread over the video, window 16x7x7, heavy augmentation, EMA.
+    """Something-Something V2: 60 epochs of 32 frames spread over the video, window 16x7x7, EMA.
 
     Command: bevt finetune ssv2 --init runs/joint_stage/checkpoints/last --data.clips SSV2/train.json
     --data.val-clips SSV2/validation.json --head.classes SSV2/labels.json --out runs/ssv2
@@ -99,7 +100,7 @@ def diving48() -> FinetuneConfig:
 
 
 def image_supervised() -> FinetuneConfig:
-    """The paper's row "Image supervised": ImageNet-1K's classes by the image stream, from which a video run starts.
+    """The paper's row "Image supervised": ImageNet-1K's classes, from which a video run starts.
 
     Command: bevt finetune image_supervised --data.images IMAGENET/train --data.val-images IMAGENET/val
     --out runs/image_supervised
@@ -123,12 +124,12 @@ def image_supervised() -> FinetuneConfig:
 
 
 def probe_k400() -> FinetuneConfig:
-    """Linear and attentive probes of a frozen encoder on Kinetics-400, at three learning rates each, in one pass.
+    """Linear and attentive probes of a frozen encoder on Kinetics-400, in one pass.
 
     Command: bevt finetune probe_k400 --init runs/joint_stage/checkpoints/last --data.clips K400/train.csv
     --data.val-clips K400/val.csv --out runs/probe_k400
     Expected: unknown, the paper has none.
-    Settings: this project's.
+    Settings: this project's; each kind at three learning rates.
     """
     base = k400()
     return replace(

@@ -280,7 +280,7 @@ def test_boxes_lie_in_the_frame(position: int, width: int, height: int) -> None:
         (np.array([-0.5, 0.5]) + 224 * side / (resized + np.array([0.5, -0.5])))
         for side, resized in zip((height, width), request.resize)
     )
-    assert 3 / 4 <= wide[1] / max(high[0], 1e-9)
+    assert wide[1] / max(high[0], 1e-9) >= 3 / 4
     assert wide[0] / high[1] <= 4 / 3
 
 

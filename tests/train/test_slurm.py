@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +115,40 @@ def test_the_script(config: Config, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "constraint" not in node
     assert node.rstrip().endswith("--resume")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "command"),
+    [
+        ("k400", ["--data.clips", "K400/train.csv", "--init", "INIT"], "finetune"),
+        ("ssv2", ["--data.clips", "train.json", "--augment.magnitude", "9"], "finetune"),
+        ("image_supervised", ["--data.images", "IMAGENET/train"], "finetune"),
+        ("image_contrastive", ["--data.images", "IMAGENET/train", "--moby.queue", "8192"], "contrast"),
+    ],
+)
+def test_the_script_of_other_commands(
+    recipe: str, words: list[str], command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each recipe by its own command, with the flags that were given, and no option of Slurm's."""
+    (tmp_path / "start.pth").touch()
+    words = [word.replace("INIT", str(tmp_path / "start.pth")) for word in words]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main(["slurm", recipe, *words, "--out", str(out), "--time", "600", "--dry-run"])
+    assert not stop.value.code
+    script, _, node = capsys.readouterr().out.partition("# on every node:")
+    assert "#SBATCH --time=600" in script.splitlines()
+    wanted = [recipe, *words, "--out", str(out), "--resume"]
+    assert shlex.split(node)[-len(wanted) - 3 :] == ["-m", "bevt", command, *wanted]
+    assert not out.exists()
+
+
+def test_a_start_that_is_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the job waits in the queue."""
+    words = ["--data.clips", "x", "--init", str(tmp_path / "gone"), "--out", str(tmp_path / "run"), "--dry-run"]
+    with pytest.raises(SystemExit):
+        main(["slurm", "k400", *words])
+    assert f"init = '{tmp_path / 'gone'}' is not seen here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench bench-gpu bench-check bench-ratios plots ncu lint format clean
+.PHONY: setup demo replicate test bench bench-gpu bench-check bench-ratios plots ncu lint format clean
 
 setup: $(READY)
 
@@ -22,6 +22,10 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*.cpp k
 
 demo: $(READY)
 	$(BIN)/bevt demo
+
+# An hour on two cores; what is finished is kept, so that it can be stopped.
+replicate: $(READY)
+	$(BIN)/bevt replicate
 
 $(VENV)/.test: $(READY)
 	$(BIN)/python -m pip install --quiet --group test

@@ -1,7 +1,7 @@
 """`bevt replicate`: the paper's comparisons at a small scale, from nothing to a report.
 
-Every training is a command of `bevt` in a process of its own, with one thread, as many at a time as there are cores;
-what an earlier call has finished is kept. Encoders that start in several ways are finetuned on two labellings of the
+Every training is a command of `bevt`, run on one thread, as many at a time as there are cores; what an earlier call has
+finished is kept. Encoders that start in several ways are finetuned on two labellings of the
 same clips, "what" (the shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their
 frames in order, one frame repeated, shuffled, and reversed.
 """
@@ -9,26 +9,53 @@ frames in order, one frame repeated, shuffled, and reversed.
 from __future__ import annotations
 
 import csv
-import os
+import json
+import multiprocessing
+import platform
 import shlex
-import subprocess
-import sys
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+import bevt
+from bevt.config import TrainConfig, command_of
 from bevt.data import shapes
-from bevt.data.processes import cores
+from bevt.data.processes import cores, pool
+from bevt.evaluate.classification import ORDERS
+from bevt.pictures.replication import bars
+from bevt.recipes import ALL_RECIPES
+from bevt.recipes.replicate import replicate_joint_stage
+from bevt.tokenizers.vq import VQConfig
 from bevt.train.metrics import RunError
+from bevt.train.tokenizer import fit_tokenizer
 
 LABELLINGS = {"what": "shape", "how": "motion"}
 """Column of the dataset's labels."""
 
-COUNTS = {"train_clips": 540, "val_clips": 270, "train_images": 1080, "val_images": 270}
-"""Multiples of 54: every motion with every shape, equally often."""
+COUNTS = {"train_clips": 576, "val_clips": 288, "train_images": 576, "val_images": 144}
+"""Multiples of 36: every motion with every shape, equally often."""
+
+PAPER_TIME = {
+    "K400": "80.6 | 65.3 | 77.8",
+    "SSv2": "66.3 | 6.3 | 19.0",
+    "Diving48": "84.0 | 13.8 | 50.4",
+}
+"""Table 2: in order, one frame, shuffled."""
+
+MASKS = {
+    "random_3d": ("Random-3D", 59.1, 67.4),
+    "frame_diff": ("Frame-Diff", 62.9, 70.6),
+    "random_frame": ("Random-Frame", 62.6, 70.9),
+}
+"""Table 9: title, SSv2, K400; the tube's are 63.3 and 71.6."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +75,7 @@ class Start:
 STARTS = {
     "random": Start("random", None),
     "image_supervised": Start("image supervised", (66.3, 84.0, 80.6), "replicate_image_supervised"),
+    "image_contrastive": Start("image contrastive", (67.1, 85.5, 80.9), "replicate_image_contrastive"),
     "bevt_i": Start("BEVT-I", (69.2, 81.2, 80.5), "replicate_image_stage"),
     "bevt_v_scratch": Start("BEVT-V from scratch", (67.1, 83.7, 76.2), "replicate_joint_stage", "--train.images 0"),
     "bevt_v": Start("BEVT-V from BEVT-I", (70.0, 85.2, 79.6), "replicate_joint_stage", "--train.images 0", "bevt_i"),
@@ -79,8 +107,10 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
     for name, start in STARTS.items():
         if not start.recipe:
             continue
-        words = ["finetune" if start.recipe.endswith("supervised") else "pretrain", start.recipe]
-        if words[0] == "finetune":
+        words = [command_of(ALL_RECIPES[start.recipe]()), start.recipe]
+        if words[0] == "contrast":
+            words += ["--data.images", data.train_images]
+        elif words[0] == "finetune":
             words += ["--data.images", str(folder / "what_train_images.txt")]
             words += ["--data.val-images", str(folder / "what_val_images.txt")]
         else:
@@ -121,50 +151,50 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, console: Console) -> None:
-    """Run those that are not done, as many at a time as there are cores. Raises RunError where one fails.
-
-    Interrupted, it ends them, with checkpoints, before it raises KeyboardInterrupt.
-    """
+    """Run those that are not done, as many at a time as there are cores. Raises RunError where one fails."""
     (out / "done").mkdir(parents=True, exist_ok=True)
     (out / "logs").mkdir(exist_ok=True)
     done = {path.name for path in (out / "done").iterdir()}
     left = [job for job in jobs if job.name not in done]
-    total = len(left)
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    total, begun = len(left), time.monotonic()
+    running: dict[Future[tuple[int, float]], Job] = {}
+    with pool(cores()) as processes:
+        try:
+            while left or running:
+                for job in [job for job in left if set(job.after) <= done][: cores() - len(running)]:
+                    left.remove(job)
+                    running[processes.submit(_run, job.words, out / "logs" / f"{job.name}.log")] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, (status, seconds) = running.pop(future), future.result()
+                    if status:
+                        log = out / "logs" / f"{job.name}.log"
+                        raise RunError(f"{job.name} ended with status {status}; what it said is in {log}")
+                    (out / "done" / job.name).write_text(f"{seconds:.1f}\n")
+                    done.add(job.name)
+                    minutes = (time.monotonic() - begun) / 60
+                    finished = total - len(left) - len(running)
+                    console.print(f"{finished}/{total}  {job.name}  {seconds:.0f} s  ({minutes:.1f} min)")
+        except BaseException:
+            for process in list(multiprocessing.active_children()):  # or leaving the pool would wait for them
+                process.kill()
+            raise
+
+
+def _run(words: tuple[str, ...], log: Path) -> tuple[int, float]:
+    """In a process of the pool: the command's exit status, and its seconds."""
+    from bevt.cli import main
+
+    torch.set_num_threads(1)
     begun = time.monotonic()
-    try:
-        while left or running:
-            for name, (process, start) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                if process.returncode:
-                    log = out / "logs" / f"{name}.log"
-                    raise RunError(f"{name} ended with status {process.returncode}; what it said is in {log}")
-                (out / "done" / name).write_text(f"{time.monotonic() - start:.1f}\n")
-                done.add(name)
-                finished = total - len(left) - len(running)
-                minutes = (time.monotonic() - begun) / 60
-                console.print(
-                    f"{finished}/{total}  {name}  {time.monotonic() - start:.0f} s  ({minutes:.1f} min in all)"
-                )
-            while len(running) < cores():
-                job = next((job for job in left if set(job.after) <= done), None)
-                if job is None:
-                    break
-                left.remove(job)
-                with open(out / "logs" / f"{job.name}.log", "ab") as log_file:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "bevt", *job.words], stdout=log_file, stderr=log_file, env=environment
-                    )
-                running[job.name] = process, time.monotonic()
-            time.sleep(0.1)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
+    with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            main(words)
+        except SystemExit as ended:
+            return int(ended.code or 0), time.monotonic() - begun
+        except Exception:
+            traceback.print_exc()
+            return 1, time.monotonic() - begun
+    raise AssertionError("a command ends by SystemExit")
 
 
 def write_labels(data: shapes.ShapesPaths) -> None:
@@ -172,7 +202,7 @@ def write_labels(data: shapes.ShapesPaths) -> None:
     folder = Path(data.labels).parent
     with open(data.labels, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = {"what": shapes.SHAPES, "how": shapes.MOTIONS}
+    names = {"what": shapes.SHAPES, "how": shapes.DIRECTED}
     for labels, column in LABELLINGS.items():
         for split in COUNTS:
             lines = [
@@ -182,3 +212,180 @@ def write_labels(data: shapes.ShapesPaths) -> None:
             ]
             if lines:
                 (folder / f"{labels}_{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+ORDERINGS = (
+    ("pretraining helps on motion: BEVT-I above random", "how", "bevt_i", "random"),
+    ("pretraining helps on motion: BEVT above random", "how", "bevt", "random"),
+    ("BEVT from BEVT-I above BEVT-I (SSv2 70.6, 69.2)", "how", "bevt", "bevt_i"),
+    ("BEVT above BEVT-V, both from BEVT-I (SSv2 70.6, 70.0)", "how", "bevt", "bevt_v"),
+    ("BEVT above BEVT-V, both from scratch (SSv2 67.9, 67.1)", "how", "bevt_scratch", "bevt_v_scratch"),
+    ("BEVT-V from BEVT-I above from scratch (SSv2 70.0, 67.1)", "how", "bevt_v", "bevt_v_scratch"),
+    ("BEVT from BEVT-I above from scratch (SSv2 70.6, 67.9)", "how", "bevt", "bevt_scratch"),
+    ("BEVT above image supervised (SSv2 70.6, 66.3)", "how", "bevt", "image_supervised"),
+    ("BEVT above image contrastive (SSv2 70.6, 67.1)", "how", "bevt", "image_contrastive"),
+    ("BEVT-I above BEVT-V from scratch on appearance (K400 80.5, 76.2)", "what", "bevt_i", "bevt_v_scratch"),
+    ("tube above Random-3D (SSv2 63.3, 59.1)", "how", "bevt", "random_3d"),
+    ("tube above Frame-Diff (SSv2 63.3, 62.9)", "how", "bevt", "frame_diff"),
+    ("tube above Random-Frame (SSv2 63.3, 62.6)", "how", "bevt", "random_frame"),
+)
+"""What the paper found: in words, on which labelling it is looked for here, the better start and the other."""
+
+Figures = dict[str, dict[str, list[dict[str, float]]]]
+"""By start and labelling: for each seed the top-1 accuracy by order of frames."""
+
+
+def collect(out: Path, seeds: int) -> Figures:
+    """The scores of all finetuned models."""
+    return {
+        name: {
+            labels: [_scores(out / f"{name}-{labels}-{seed}" / "test" / "scores.json") for seed in range(seeds)]
+            for labels in LABELLINGS
+        }
+        for name in STARTS
+    }
+
+
+def _scores(path: Path) -> dict[str, float]:
+    found = json.loads(path.read_text())
+    return {order: found[order]["top1"] for order in ORDERS}
+
+
+def verdict(figures: Figures, labels: str, better: str, other: str) -> tuple[str, float]:
+    """Whether `better` is above `other` with every seed, with none, or neither; and the mean difference in points."""
+    pairs = zip(figures[better][labels], figures[other][labels], strict=True)
+    differences = [100 * (a["normal"] - b["normal"]) for a, b in pairs]
+    if all(d > 0 for d in differences):
+        word = "comes out"
+    else:
+        word = "does not come out" if all(d <= 0 for d in differences) else "unclear"
+    return word, statistics.fmean(differences)
+
+
+def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, seconds: float) -> str:
+    """`README.md` of the report: tables beside the paper's, and which of its orderings come out."""
+
+    def cell(name: str, labels: str, order: str = "normal") -> str:
+        values = [100 * each[order] for each in figures[name][labels]]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{spread}"
+
+    lines = [
+        "# The paper's comparisons at a small scale",
+        "",
+        f"Written by `bevt replicate --out {out} --seeds {seeds}` (`make replicate`), {seconds / 60:.0f} minutes on "
+        f"{machine()}, bevt {bevt.__version__}, torch {torch.__version__}. Top-1 accuracies in percent, mean and "
+        f"standard deviation over {seeds} seeds of finetuning; every encoder was pretrained once, with seed 0.",
+        "",
+        f"{COUNTS['train_clips']} clips and {COUNTS['train_images']} stills of the embedded dataset's plain style to "
+        f'learn from, {COUNTS["val_clips"]} clips to test on. "What": the shape, of {len(shapes.SHAPES)}; "how": the '
+        f"motion, of {len(shapes.DIRECTED)} with a direction. Settings: `bevt/recipes/replicate.py`.",
+        "",
+        "## Ways to start",
+        "",
+        "![accuracies by the start, beside the paper's](starts.png)",
+        "",
+        "| start | what | how | paper: SSv2 | Diving48 | K400 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, start in STARTS.items():
+        if name not in MASKS:
+            paper = " | ".join(f"{value:.1f}" for value in start.paper) if start.paper else "- | - | -"
+            lines.append(f"| {start.title} | {cell(name, 'what')} | {cell(name, 'how')} | {paper} |")
+    lines += [
+        "",
+        "## How much the models depend on time",
+        "",
+        "The same clips in order, with the middle frame in the place of all, shuffled, and from the last to the first; "
+        "of the paper: Swin-B started image-supervised, in order, one frame, shuffled.",
+        "",
+        "| start, labelling | in order | one frame | shuffled | reversed |",
+        "|---|---|---|---|---|",
+    ]
+    for labels in LABELLINGS:
+        for name, start in STARTS.items():
+            if name not in MASKS:
+                cells = " | ".join(cell(name, labels, order) for order in ORDERS)
+                lines.append(f"| {start.title}, {labels} | {cells} |")
+    lines += [f"| paper, {data} | {text} | - |" for data, text in PAPER_TIME.items()]
+    lines += [
+        "",
+        "## Masks",
+        "",
+        "| mask | what | how | paper, Swin-T: SSv2 | K400 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (title, ssv2, k400) in MASKS.items():
+        lines.append(f"| {title} | {cell(name, 'what')} | {cell(name, 'how')} | {ssv2} | {k400} |")
+    lines.append(f"| tube (BEVT from BEVT-I above) | {cell('bevt', 'what')} | {cell('bevt', 'how')} | 63.3 | 71.6 |")
+    lines += [
+        "",
+        "## The paper's orderings",
+        "",
+        '"Comes out": above with every seed; "does not": with none; "unclear": with some.',
+        "",
+        "| ordering | labelling | here | difference |",
+        "|---|---|---|---|",
+    ]
+    for words, labels, better, other in ORDERINGS:
+        word, difference = verdict(figures, labels, better, other)
+        lines.append(f"| {words} | {labels} | {word} | {difference:+.1f} |")
+    lines += ["", "## Commands", "", "In this order, `bevt` before each:", "", "```"]
+    lines += [shlex.join(job.words) for job in jobs if job.words[0] != "test"]
+    lines += ["```", "", "and `bevt test replicate_finetune RUN/checkpoints/last --temporal` of every finetuned one."]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """In words."""
+    return f"{cores()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def replicate(
+    out: Path, seeds: int = 3, *, counts: Mapping[str, int] = COUNTS, steps: int = 0, fit_steps: int = 500
+) -> Path:
+    """Everything, from rendering to the report in `out/report`, which is returned.
+
+    What an earlier call in `out` has finished is kept. `steps` above 0 shortens every training, for tests. Raises
+    RunError where a job fails.
+    """
+    console, begun = Console(highlight=False, soft_wrap=True), time.monotonic()
+    data = shapes.ensure(out / "data", seed=0, style="plain", **dict(counts))  # type: ignore[arg-type]
+    write_labels(data)
+    tokenizer = out / "tokenizer.safetensors"
+    if not tokenizer.exists():
+        source = replicate_joint_stage()
+        given = replace(source.data, clips=data.train_clips, images=data.train_images)
+        fit_tokenizer(
+            replace(source, data=given, train=TrainConfig(clips=1, images=1)), vq(fit_steps), tokenizer, quiet=True
+        )
+    jobs = plan(out, data, tokenizer, seeds)
+    if steps:
+        jobs = [replace(job, words=(*job.words, *_shorter(job, steps))) for job in jobs]
+    run_jobs(jobs, out, console)
+    spent = sum(float((out / "done" / job.name).read_text()) for job in jobs) / cores()
+    figures, folder = collect(out, seeds), out / "report"
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    shown = {name: start for name, start in STARTS.items() if name not in MASKS}
+    bars(
+        folder / "starts.png",
+        {s.title: {k: [v["normal"] for v in each] for k, each in figures[n].items()} for n, s in shown.items()},
+        {start.title: start.paper[0] if start.paper else None for start in shown.values()},
+        "Here: the embedded dataset, points for seeds",
+        "Paper: Something-Something V2, Swin-B",
+    )
+    (folder / "README.md").write_text(report(out, figures, jobs, seeds, max(spent, time.monotonic() - begun)))
+    console.print(f"report: {folder / 'README.md'}")
+    return folder
+
+
+def _shorter(job: Job, steps: int) -> tuple[str, ...]:
+    return () if job.words[0] == "test" else ("--optim.max-steps", str(steps))
+
+
+def vq(steps: int) -> VQConfig:
+    """The tokenizer: 32 codes of 32x32 views."""
+    return VQConfig(
+        image_size=32, vocab_size=32, code_dim=8, width=16, blocks=0, steps=steps, batch=32, lr=3e-3, decay=0.95, seed=0
+    )

@@ -1,6 +1,6 @@
 """The paper's experiments at a size that two CPU cores finish in an hour, on the embedded dataset (`bevt replicate`).
 
-Clips of 8 frames and stills, 96x96: a 4x6x6 grid of positions; the encoder has four stages of two blocks.
+Clips of 8 frames and stills, 64x64: a 4x4x4 grid of positions; the encoder has four stages of two blocks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from bevt.config import (
     TrainConfig,
 )
 
-IMAGES = ModelConfig(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(1, 6, 6), drop_path=0.0)
-CLIPS = replace(IMAGES, window_size=(4, 6, 6))
+IMAGES = ModelConfig(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=(1, 4, 4), drop_path=0.0)
+CLIPS = replace(IMAGES, window_size=(4, 4, 4))
 
-DATA = DataConfig(frames=8, stride=4, short_side=(96, 112), crop=96, flip=0.0, jitter=0.0, workers=0, backend="pyav")
+DATA = DataConfig(frames=8, stride=4, short_side=(64, 74), crop=64, flip=0.0, jitter=0.0, workers=0, backend="pyav")
 """Without flips, which would turn left into right."""
 
 
@@ -45,7 +45,7 @@ def replicate_image_stage() -> Config:
         image_mask=MaskConfig(kind="block", min_block=4),
         clip_mask=MaskConfig(kind="tube", min_block=4),
         data=DATA,
-        optim=OptimConfig(lr=2e-3, max_steps=400, epochs=1, warmup_epochs=0.1),
+        optim=OptimConfig(lr=5e-4, clip_grad=1.0, max_steps=1200, epochs=1, warmup_epochs=0.1),
         train=TrainConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
     )
 
@@ -60,7 +60,7 @@ def replicate_joint_stage() -> Config:
         base,
         recipe="replicate_joint_stage",
         model=CLIPS,
-        optim=replace(base.optim, lr=1e-3, max_steps=400),
+        optim=replace(base.optim, max_steps=2000),
         train=replace(base.train, clips=8, images=16, micro_clips=8, micro_images=16),
     )
 
@@ -74,13 +74,13 @@ def replicate_finetune() -> FinetuneConfig:
         recipe="replicate_finetune",
         model=CLIPS,
         head=HeadConfig(dropout=0.0),
-        data=replace(DATA, short_side=(96, 104)),
+        data=replace(DATA, short_side=(64, 68)),
         augment=AugmentConfig(label_smoothing=0.1),
         optim=FinetuneOptimConfig(
-            lr=1e-3, weight_decay=0.05, clip_grad=5.0, layer_decay=0.9, max_steps=200, epochs=1, warmup_epochs=0.1
+            lr=5e-4, weight_decay=0.05, clip_grad=5.0, max_steps=400, epochs=1, warmup_epochs=0.1
         ),
         train=FinetuneTrainConfig(
-            clips=16, images=0, micro_clips=16, precision="float32", eval_every=1, checkpoint_every=100, keep=1
+            clips=8, images=0, micro_clips=8, precision="float32", eval_every=1, checkpoint_every=100, keep=1
         ),
         test=TestConfig(clips=1, crops=1),
     )
@@ -96,7 +96,7 @@ def replicate_image_supervised() -> FinetuneConfig:
         base,
         recipe="replicate_image_supervised",
         model=IMAGES,
-        optim=replace(base.optim, layer_decay=1.0, max_steps=400),
+        optim=replace(base.optim, max_steps=1200),
         train=replace(base.train, clips=0, images=32, micro_images=32),
     )
 
@@ -112,6 +112,6 @@ def replicate_image_contrastive() -> ContrastConfig:
         model=IMAGES,
         moby=MoBYConfig(queue=512),
         data=replace(DATA, crop_area=(0.3, 1.0)),
-        optim=replace(base.optim, lr=1e-3, clip_grad=5.0),
+        optim=replace(base.optim, clip_grad=5.0),
         train=BatchConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
     )

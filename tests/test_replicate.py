@@ -1,0 +1,77 @@
+"""The replication's machinery, at two steps a training: its plan, that it goes on where it was cut, and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bevt import replicate
+from bevt.data import shapes
+from bevt.replicate import STARTS, Job, plan, run_jobs, verdict
+from bevt.train.metrics import RunError
+
+FEW = {"train_clips": 12, "val_clips": 6, "train_images": 6, "val_images": 6}
+
+
+def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tmp_path: Path) -> None:
+    """What is waited for comes before who waits; a job for each, tested after it is tuned."""
+    jobs = plan(tmp_path, dataset, tmp_path / "vq.safetensors", seeds=3)
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) == len(STARTS) - 1 + 2 * 3 * 2 * len(STARTS)
+    for i, job in enumerate(jobs):
+        assert all(names.index(before) < i for before in job.after)
+        before = job.words[job.words.index("--init") + 1] if "--init" in job.words else ""
+        assert [Path(before).parts[-3]] * bool(before) == [name for name in job.after if job.words[0] != "test"]
+
+
+def test_orderings_name_starts() -> None:
+    assert {name for _, _, *pair in replicate.ORDERINGS for name in pair} <= STARTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "expected"),
+    [
+        ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), ("comes out", 10)),
+        ((0.6, 0.5, 0.8), (0.5, 0.6, 0.7), ("unclear", 10 / 3)),
+        ((0.5, 0.5, 0.5), (0.5, 0.6, 0.7), ("does not come out", -10)),
+    ],
+)
+def test_verdicts(better: tuple[float, ...], other: tuple[float, ...], expected: tuple[str, float]) -> None:
+    figures = {name: {"how": [{"normal": value} for value in values]} for name, values in (("a", better), ("b", other))}
+    word, difference = verdict(figures, "how", "a", "b")
+    assert (word, pytest.approx(difference)) == expected
+
+
+class Silent:
+    """A console."""
+
+    def print(self, text: str) -> None:
+        """Nothing."""
+
+
+def test_a_job_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"wrong ended with status 2; what it said is in .*wrong.log"):
+        run_jobs([Job("wrong", ("finetune", "nothing"))], tmp_path, Silent())  # type: ignore[arg-type]
+    assert "no recipe 'nothing'" in (tmp_path / "logs" / "wrong.log").read_text()
+    assert not list((tmp_path / "done").iterdir())
+
+
+def test_a_small_replication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three starts, one seed: a report with a row of each; a second call runs nothing again."""
+    kept = ("random", "bevt_i", "bevt")
+    monkeypatch.setattr(replicate, "STARTS", {name: STARTS[name] for name in kept})
+    monkeypatch.setattr(replicate, "MASKS", {})
+    monkeypatch.setattr(replicate, "ORDERINGS", tuple(o for o in replicate.ORDERINGS if set(o[2:]) <= set(kept)))
+    folder = replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
+    text = (folder / "README.md").read_text()
+    assert all(f"| {STARTS[name].title} |" in text for name in kept)
+    assert "| BEVT from BEVT-I above BEVT-I (SSv2 70.6, 69.2) | how |" in text
+    assert (folder / "starts.png").stat().st_size > 1000
+    figures = json.loads((folder / "results.json").read_text())
+    assert figures["bevt"]["how"][0].keys() == {"normal", "single", "shuffled", "reversed"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()}
+    assert len(before) == 2 + 3 * 2 * 2
+    replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()} == before

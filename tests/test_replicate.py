@@ -22,8 +22,9 @@ def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tm
     assert len(set(names)) == len(names) == len(STARTS) - 1 + 2 * 3 * 2 * len(STARTS)
     for i, job in enumerate(jobs):
         assert all(names.index(before) < i for before in job.after)
-        before = job.words[job.words.index("--init") + 1] if "--init" in job.words else ""
-        assert [Path(before).parts[-3]] * bool(before) == [name for name in job.after if job.words[0] != "test"]
+        init = job.words[job.words.index("--init") + 1] if "--init" in job.words else ""
+        started = [Path(init).parts[-3]] if init else []
+        assert started == [name for name in job.after if job.words[0] != "test"]
 
 
 def test_orderings_name_starts() -> None:

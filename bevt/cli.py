@@ -7,6 +7,7 @@ Ctrl-C or SIGTERM stopped training, and a checkpoint lies there to continue from
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import os
@@ -124,10 +125,13 @@ class TestArgs:
     """
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
+    """A published Video Swin size in place of the recipe's, for a file of somebody's weights."""
     out: Path | None = None
     """Folder for scores.json, classes.csv and confusion.png; default: `test` in the run's folder."""
     dump: Path | None = None
-    """Parquet file to write: every view's softmax outputs (`pip install 'bevt[parquet]'`)."""
+    """Parquet file to write: every view's softmax outputs (`pip install 'bevt[parquet]'`). Of further orders of frames,
+    or heads, beside it, with their names."""
     temporal: bool = False
     """Classify each clip also with one frame repeated, with its frames shuffled, and reversed: how much the model
     depends on time (the paper's Table 2)."""
@@ -154,7 +158,7 @@ class PredictArgs:
     top: int = 5
     """Classes that are named."""
     out: Path | None = None
-    """Picture to write: a strip of frames, and the classes; default: the file's name with .png, here."""
+    """Picture to write: a strip of frames, and the classes; default: the file's name with .prediction.png, here."""
 
 
 @dataclass(frozen=True)
@@ -363,41 +367,35 @@ def _recipe(argv: list[str], command: str, recipes: Mapping[str, Callable[[], C]
 def _pretrain(argv: list[str]) -> int:
     from bevt.recipes import RECIPES
 
-    default, rest = _recipe(argv, "pretrain", RECIPES)
-    args = _parse(PretrainArgs, rest, f"bevt pretrain {argv[0]}", PretrainArgs(out=tyro.MISSING, config=default))
-    from bevt.train.pretrain import pretrain
-
-    return _trained(lambda: pretrain(args.config, args.out, resume=args.resume, profile=args.profile))
+    return _train(argv, "pretrain", PretrainArgs, RECIPES)
 
 
 def _finetune(argv: list[str]) -> int:
     from bevt.recipes import FINETUNE_RECIPES
 
-    default, rest = _recipe(argv, "finetune", FINETUNE_RECIPES)
-    args = _parse(FinetuneArgs, rest, f"bevt finetune {argv[0]}", FinetuneArgs(out=tyro.MISSING, config=default))
-    from bevt.train.finetune import finetune
-
-    return _trained(lambda: finetune(args.config, args.out, resume=args.resume, profile=args.profile))
+    return _train(argv, "finetune", FinetuneArgs, FINETUNE_RECIPES)
 
 
 def _contrast(argv: list[str]) -> int:
     from bevt.recipes import CONTRAST_RECIPES
 
-    default, rest = _recipe(argv, "contrast", CONTRAST_RECIPES)
-    args = _parse(ContrastArgs, rest, f"bevt contrast {argv[0]}", ContrastArgs(out=tyro.MISSING, config=default))
-    from bevt.train.contrast import contrast
-
-    return _trained(lambda: contrast(args.config, args.out, resume=args.resume, profile=args.profile))
+    return _train(argv, "contrast", ContrastArgs, CONTRAST_RECIPES)
 
 
-def _trained(train: Callable[[], RunResult]) -> int:
-    """Run a training; its exit status."""
+def _train(
+    argv: list[str], command: str, kind: type[PretrainArgs], recipes: Mapping[str, Callable[[], AnyConfig]]
+) -> int:
+    """Train by a recipe: `bevt.train.COMMAND.COMMAND`."""
+    default, rest = _recipe(argv, command, recipes)
+    blank = kind(out=tyro.MISSING, config=cast(Any, default))
+    args = _parse(kind, rest, f"bevt {command} {argv[0]}", blank)
     from bevt.data.processes import stop_with_parent
 
+    train = getattr(importlib.import_module(f"bevt.train.{command}"), command)
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
         stop_with_parent()
-    result = train()
+    result: RunResult = train(args.config, args.out, resume=args.resume, profile=args.profile)
     if os.environ.get("RANK", "0") == "0":
         how = "finished" if result.finished else "stopped, to be continued with --resume,"
         print(f"{how} at step {result.step} of {result.steps}: {result.checkpoint}")
@@ -440,7 +438,9 @@ def _predict(argv: list[str]) -> int:
 
     if args.top < 1:
         raise ConfigError(f"--top must be above 0, got {args.top}")
-    picture = args.out or Path(f"{args.file.stem}.png")
+    picture = args.out or Path(f"{args.file.name}.prediction.png")
+    if picture.resolve() == args.file.resolve():
+        raise ConfigError(f"--out {picture} is the file itself: name another one")
     for name, probability in predict(args.checkpoint, args.file, picture, top=args.top):
         print(f"{100 * probability:5.1f} %  {name}")
     print(f"picture: {picture}")

@@ -131,7 +131,7 @@ class DataConfig:
     """What `images` and `val_images` hold. `frames`: videos; each visit takes one frame, drawn uniformly from the video
     (held out: its middle one)."""
     val_clips: str = ""
-    """Held-out videos for the masked-token evaluation at the end of a run; empty: none."""
+    """Held-out videos, scored at the end of a run; empty: none."""
     val_images: str = ""
     """Held-out images, likewise."""
     frames: int = 16
@@ -534,8 +534,23 @@ def _check_finetuning(config: FinetuneConfig) -> None:
         )
     if h.probes and not h.probe_lrs:
         raise ConfigError("head.probe_lrs is empty: head.probes needs at least one rate")
-    if h.probes and config.optim.ema:
-        raise ConfigError("optim.ema has no meaning with head.probes: leave it at 0")
+    if h.probes:
+        if len({f"{kind} {rate:g}" for kind in h.probes for rate in h.probe_lrs}) < len(h.probes) * len(h.probe_lrs):
+            raise ConfigError(f"head.probes {h.probes} at head.probe_lrs {h.probe_lrs}: each kind and rate only once")
+        neutral = {
+            "optim.ema": (config.optim.ema, 0.0),
+            "optim.clip_grad": (config.optim.clip_grad, 0.0),
+            "optim.layer_decay": (config.optim.layer_decay, 1.0),
+            "optim.backbone_factor": (config.optim.backbone_factor, 1.0),
+            "model.drop_path": (config.model.drop_path, 0.0),
+            "head.dropout": (h.dropout, 0.0),
+        }
+        for key, (value, nothing) in neutral.items():
+            if value != nothing:
+                raise ConfigError(
+                    f"{key} = {value:g} has no meaning with head.probes, which are independent heads on frozen "
+                    f"features: set it to {nothing:g}"
+                )
     if config.model.loss_impl != "auto":
         raise ConfigError("model.loss_impl is the masked-token loss's, which learns no classes: leave it out")
 

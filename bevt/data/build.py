@@ -452,15 +452,19 @@ def view_batches(
     Raises DataError, when all are read, that lists the files that cannot be: nothing is replaced.
     """
     sampler = Sampler(manifest, config.data, stream, config.train.seed, train=False, labels=labels)
-    samplers: dict[Stream, Sampler] = {stream: sampler}
 
     def plans() -> Iterator[Plan]:
         for i in range(0, len(numbers), files):
             views = [view for number in numbers[i : i + files] for view in sampler.grid(number, clips, crops)]
             yield Plan(**{"clips": [], "images": [], stream: views})
 
-    backend = make_backend(choose_backend(config, samplers).name, config.data)
-    return _serve(config, samplers, plans(), (), backend=backend, substitute=False)
+    backend = make_backend(view_backend(config, stream, manifest).name, config.data)
+    return _serve(config, {stream: sampler}, plans(), (), backend=backend, substitute=False)
+
+
+def view_backend(config: AnyConfig, stream: Stream, manifest: Manifest) -> Choice:
+    """What decodes test views: `choose_backend` on the manifest alone."""
+    return choose_backend(config, {stream: Sampler(manifest, config.data, stream, config.train.seed, train=False)})
 
 
 def _serve(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from bevt.config import ConfigError, FinetuneConfig, check
-from bevt.data.build import source_kind, view_batches
+from bevt.data.build import check_held_out, source_kind, view_backend, view_batches
 from bevt.data.classes import class_numbers
 from bevt.data.entry import Entry
 from bevt.data.manifest import Manifest, open_source
@@ -23,8 +25,9 @@ from bevt.evaluate.predictions import Predictions, require_parquet
 from bevt.evaluate.scores import ClassScore, confusion, per_class, scores, table
 from bevt.pictures.answers import answer
 from bevt.pictures.confusion import confusion as draw
-from bevt.train.distributed import World, join_world
-from bevt.train.finetune import head_names, own_config, restore, stream_of
+from bevt.train.distributed import World
+from bevt.train.finetune import as_if_trained, head_names, own_config, restore, stream_of
+from bevt.train.loop import joined
 from bevt.train.metrics import RunError
 
 
@@ -44,59 +47,70 @@ def tested_config(path: Path, recipe: FinetuneConfig) -> FinetuneConfig:
 def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | None, temporal: bool) -> str:
     """Classify the held-out files of `config` by the model in `path`; the report, in the first of several processes.
 
-    `out` and `dump` as in `bevt test`. Raises what `restore` and `classify` do, and RunError for files that cannot be
-    written.
+    `out` and `dump` as in `bevt test`; that they can be written is looked at before anything is classified. Raises what
+    `restore` and `classify` do, and RunError for places that cannot be written.
     """
     stream = stream_of(config)
     source = getattr(config.data, f"val_{stream}")
     if not source:
         raise ConfigError(f"data.val_{stream} is empty: name the held-out files with --data.val-{stream}")
     if out is None:
-        if not path.is_dir():
-            raise ConfigError(f"--out is needed: {path} has no run's folder to write the scores into")
-        out = path.resolve().parent.parent / "test"
+        if not path.is_dir() or path.absolute().parent.name != "checkpoints":
+            raise ConfigError(f"--out is needed: {path} lies in no run's folder that the scores could go to")
+        out = path.absolute().parent.parent / "test"
     if temporal and (stream == "images" or config.head.probes):
         raise ConfigError("--temporal is for models of clips with one head")
-    check(_labelled(config))
+    check(as_if_trained(config))
     if dump:
         require_parquet()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    world = join_world()
-    try:
+    with joined() as world:
         model, classes = restore(path, config, world.device)
-        if world.main:  # probed in one process before the others need it
+        if world.main:  # one process looks at where to write, and at the files, before the others need them
+            _writable(out)
+            _writable(dump.parent if dump else out)
             open_source(source, source_kind(config.data, stream))
         world.barrier()
         manifest = open_source(source, source_kind(config.data, stream), kept=True)
+        labels = class_numbers(manifest, classes)
+        check_held_out(manifest, config.data.backend)
+        choice = view_backend(config, stream, manifest) if world.main else None
+        name = world.broadcast(choice.name if choice else "")
+        settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
         found = classify(
             model,
-            config,
+            settled,
             manifest,
             classes,
             world,
             clips=config.test.clips if stream == "clips" else 1,
             crops=config.test.crops,
-            labels=class_numbers(manifest, classes),
+            labels=labels,
             heads=head_names(config) or ("",),
             orders=ORDERS if temporal else ("normal",),
-            about={"recipe": config.recipe, "checkpoint": str(path), "files": source},
+            about={"recipe": config.recipe, "checkpoint": str(path), "files": source, "decoder": name},
         )
-    finally:
-        world.close()
-    if not world.main:
+    if not found:
         return ""
     named = {head or order: predictions for (head, order), predictions in found.items()}
-    if dump:
-        next(iter(named.values())).save(dump)
-    return report(named, out)
+    text = report(named, out)
+    for i, (name, predictions) in enumerate(named.items()):
+        if dump:
+            predictions.save(dump.with_name(f"{dump.stem}.{name}{dump.suffix}") if i else dump)
+    return text
 
 
-def _labelled(config: FinetuneConfig) -> FinetuneConfig:
-    """`config` as a run's: one that tests has no need of training files."""
-    stream = stream_of(config)
-    source = getattr(config.data, stream) or getattr(config.data, f"val_{stream}")
-    return replace(config, data=replace(config.data, **{stream: source}))
+def _writable(folder: Path) -> None:
+    """Make the folder, or raise RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; name another place with --out or --dump"
+        ) from error
 
 
 def report(named: Mapping[str, Predictions], out: Path) -> str:
@@ -133,31 +147,38 @@ def report(named: Mapping[str, Predictions], out: Path) -> str:
 def predict(path: Path, file: Path, picture: Path, *, top: int) -> list[tuple[str, float]]:
     """The `top` likeliest classes of a file, (name, probability), over the checkpoint's test views; draws `picture`.
 
-    Raises RunError for a file that cannot be read, and as `restore`.
+    It is decoded and computed by whatever can, not by what the checkpoint was trained with. Raises RunError for a file
+    that cannot be read, and as `restore`.
     """
     config = own_config(path)
+    model_ = replace(config.model, attention_impl="auto", linear_impl="auto")
+    config = replace(config, model=model_, data=replace(config.data, backend="auto", workers=0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, classes = restore(path, config, device)
     stream = stream_of(config)
     kind = source_kind(config.data, stream)
+    real = file.resolve()
     try:
-        status = file.stat()
+        status = real.stat()
     except OSError as error:
         raise RunError(f"{file} cannot be opened ({error.strerror})") from error
-    entry = probe(str(file.resolve().parent), kind, Entry(file.name, status.st_size, status.st_mtime_ns))
+    if real.is_dir():
+        raise RunError(f"{file} is a folder: name one of its files, or test all with `bevt test`")
+    entry = probe(str(real.parent), kind, Entry(real.name, status.st_size, status.st_mtime_ns))
     if entry.error:
         raise RunError(f"{file} cannot be read as one of the {kind}: {entry.error}")
-    if file.is_dir():
-        raise RunError(f"{file} is a folder: name one of its files, or test all with `bevt test`")
-    config = replace(config, data=replace(config.data, workers=0))
-    manifest = Manifest(kind, str(file.resolve().parent), (entry,))
+    manifest = Manifest(kind, str(real.parent), (entry,))
+    backend = view_backend(config, stream, manifest).name
+    config = replace(config, data=replace(config.data, backend=cast(Any, backend)))
     clips, crops = config.test.clips if stream == "clips" else 1, config.test.crops
-    world = World(0, 1, device)
-    heads = head_names(config) or ("",)
+    world, heads = World(0, 1, device), head_names(config) or ("",)
     found = classify(model, config, manifest, classes, world, clips=clips, crops=crops, heads=heads)
     likely = next(iter(found.values())).video_level()[0]
     (batch,) = view_batches(config, stream, manifest, [0], clips=1, crops=1, files=1)
     frames = batch.clips[0] if batch.clips is not None else batch.images  # of images (1, H, W, 3)
     assert frames is not None
-    answer(picture, frames, classes, likely, title=file.name)
+    try:
+        answer(picture, frames, classes, likely, title=file.name)
+    except OSError as error:
+        raise RunError(f"cannot write the picture {picture}: {error.strerror}; name another one with --out") from error
     return [(classes[i], float(likely[i])) for i in np.argsort(-likely, kind="stable")[:top]]

@@ -19,7 +19,7 @@ from bevt.data.manifest import Manifest
 from bevt.data.sampling import Stream
 from bevt.evaluate.predictions import Predictions, merge
 from bevt.train.distributed import World
-from bevt.train.memory import views_at_once
+from bevt.train.memory import advised, views_at_once
 from bevt.train.step import autocast
 
 Order = Literal["normal", "single", "shuffled", "reversed"]
@@ -47,8 +47,9 @@ def classify(
 ) -> dict[tuple[str, Order], Predictions]:
     """The softmax outputs of every file's `clips` x `crops` views (`Sampler.grid`), by head and order of frames.
 
-    Process r of n takes the files r, r + n, ...: each file once, whatever n is. All processes return the same. As many
-    views go through the model together as `config.test.memory` lets. Nothing is returned where `stopped` says so.
+    Process r of n takes the files r, r + n, ...: each file once, whatever n is; the first one returns all, the others
+    nothing. As many views go through the model together as `config.test.memory` lets. Nothing is returned where
+    `stopped` says so.
     Raises DataError, in all processes, that lists the files that cannot be read.
     """
     stream: Stream = "clips" if config.train.clips else "images"
@@ -70,10 +71,11 @@ def classify(
                 views = np.repeat(numbers[i * files : (i + 1) * files], clips * crops) * clips
                 views += np.tile(np.repeat(np.arange(clips), crops), len(views) // (clips * crops))
                 for order in orders:
-                    outputs = [
-                        _outputs(model, config, part, world.device)
-                        for part in reordered(pixels, order, views).split(most)
-                    ]
+                    with advised("test.memory"):
+                        outputs = [
+                            _outputs(model, config, part, world.device)
+                            for part in reordered(pixels, order, views).split(most)
+                        ]
                     for head, values in zip(heads, torch.cat(outputs, dim=1).cpu().numpy()):
                         found[head, order].append(values)
     except DataError as error:
@@ -98,8 +100,8 @@ def classify(
         )
         for key, values in found.items()
     }
-    parts = world.gather(own)
-    return {key: merge([part[key] for part in parts], everything) for key in own}
+    parts = world.collect(own)
+    return {key: merge([part[key] for part in parts], everything) for key in own} if parts else {}
 
 
 def _name(entry: Entry) -> str:

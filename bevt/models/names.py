@@ -252,7 +252,13 @@ _KINDS = (
         masked=True,
     ),
     # mmaction2 names a norm by the stage after which it comes; only the last stage has one.
-    _Kind("a Video Swin checkpoint", r"backbone\..*", _from((*VIDEO_SWIN_NAMES, ("norm.", "backbone.norm3.")))),
+    # mmcv's EMAHook keeps the other weights beside those that are tested.
+    _Kind(
+        "a Video Swin checkpoint",
+        r"backbone\..*",
+        _from((*VIDEO_SWIN_NAMES, ("norm.", "backbone.norm3."))),
+        (r"ema_.*",),
+    ),
     _Kind(
         "a checkpoint of MoBY",
         r"encoder\.patch_embed\..*",
@@ -269,5 +275,5 @@ _KINDS = (
         masked=True,
     ),
     _Kind("a MoBY of this project", r"queues", _from(OWN_NAMES), (r"(projector|predictor|key)\..*", r"queues")),
-    _Kind("a classifier of this project", r"encoder\.layers\..*", _from(OWN_NAMES)),
+    _Kind("a classifier of this project", r"encoder\.layers\..*", _from(OWN_NAMES), (r"heads\..*",)),
 )

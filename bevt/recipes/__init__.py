@@ -1,4 +1,4 @@
-"""Runs with a name. A recipe is a function that returns a `Config`; its docstring says command, cost and result.
+"""Runs with a name. A recipe is a function that returns a configuration; its docstring says command, cost and result.
 
 Data and tokenizer paths are the user's: a recipe leaves them empty and the command line gives them.
 """

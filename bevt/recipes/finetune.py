@@ -61,7 +61,9 @@ def ssv2() -> FinetuneConfig:
     Expected: 70.6 from BEVT after BEVT-I, 67.9 after BEVT from scratch, 69.2 after BEVT-I alone.
     Settings: the official configuration's; the average keeps 0.9998 of itself at each of the eight micro-batches that
     make an official step, so 0.9984 at a step. RandAugment is imgaug's, which flips half of the clips whatever the
-    configuration says: with `--model.quirks official` so does this one.
+    configuration says: with `--model.quirks official` so does this one. Frames are one of each of 32 equal parts; the
+    official sampler cuts the parts a little otherwise, so that up to half of the frames are their neighbours, and its
+    in-between views have a short side of 256, here 224.
     """
     return FinetuneConfig(
         recipe="ssv2",
@@ -108,8 +110,9 @@ def image_supervised() -> FinetuneConfig:
     --data.val-clips K400/val.csv --out runs/k400_image_supervised
     Expected: 83.5 on ImageNet-1K (Swin-B, arXiv 2103.14030); then 66.3 SSv2, 84.0 Diving48, 80.6 K400. The paper took
     the published weights, which start a video run too: --init swin_base_patch4_window7_224.pth
-    Settings: Swin's (arXiv 2103.14030, appendix A2.1), without its colour jitter and repeated augmentation; RandAugment
-    is imgaug's, of two operations at strength 9.
+    Settings: those of Swin's code (github.com/microsoft/Swin-Transformer at 00f2800), but for its colour jitter; its
+    RandAugment is timm's, here imgaug's of two operations at strength 9; it erases with noise, mixes by batch, ends at
+    5e-6 and does not decay biases, where this erases with zeros, mixes in pairs, ends at 0 and decays them.
     """
     return FinetuneConfig(
         recipe="image_supervised",
@@ -117,7 +120,9 @@ def image_supervised() -> FinetuneConfig:
         head=HeadConfig(dropout=0.0),
         data=DataConfig(crop_area=(0.08, 1.0), short_side=(256, 256), jitter=0.0),
         augment=AugmentConfig(rand_augment=2, magnitude=9, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0),
-        optim=FinetuneOptimConfig(lr=1e-3, weight_decay=0.05, clip_grad=5.0, epochs=300, warmup_epochs=20),
+        optim=FinetuneOptimConfig(
+            lr=1e-3, weight_decay=0.05, clip_grad=5.0, epochs=300, warmup_epochs=20, warmup_factor=1e-3
+        ),
         train=FinetuneTrainConfig(clips=0, images=1024),
         test=TestConfig(clips=1, crops=1),
     )
@@ -137,5 +142,5 @@ def probe_k400() -> FinetuneConfig:
         recipe="probe_k400",
         model=replace(base.model, drop_path=0.0),
         head=HeadConfig(dropout=0.0, probes=("linear", "attentive")),
-        optim=FinetuneOptimConfig(lr=1e-3, weight_decay=0.01, epochs=20, warmup_epochs=1),
+        optim=FinetuneOptimConfig(lr=1e-3, weight_decay=0.01, clip_grad=0.0, epochs=20, warmup_epochs=1),
     )

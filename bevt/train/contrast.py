@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,10 @@ from bevt.data.batch import Batch
 from bevt.data.build import StepLoader
 from bevt.data.views import byol
 from bevt.models.moby import MoBY, key_momentum
+from bevt.train import memory
 from bevt.train.distributed import World
 from bevt.train.loop import RunResult, Task, run
-from bevt.train.metrics import MetricsWriter
+from bevt.train.metrics import MetricsWriter, RunError
 from bevt.train.optim import build_optimizer, total_steps
 from bevt.train.step import Step, StepResult, autocast, drop_factors, sent
 
@@ -36,12 +37,21 @@ class Contrasting(Task):
     """`Task` of a `ContrastConfig`."""
 
     config: ContrastConfig
+    fixed_on_resume = frozenset({"train.micro_images"})
 
     def __init__(self, config: ContrastConfig) -> None:
         self.config = config
 
     def prepare(self, world: World, saved: dict[str, Any] | None) -> None:
         self.world, self.start = world, saved["step"] if saved else 0
+        if saved and saved["processes"] != world.size:
+            raise RunError(
+                f"the run cannot be resumed by {world.size} processes: its heads' BatchNorm is over the images of "
+                f"{saved['processes']}"
+            )
+
+    def explained(self) -> AbstractContextManager[None]:
+        return memory.advised("train.micro_images")
 
     def attach(self, loader: StepLoader, stack: ExitStack) -> None:
         self.steps = total_steps(self.config.optim, loader.steps_per_epoch)
@@ -68,7 +78,7 @@ class Contrasting(Task):
         return ContrastStep(model, self.model, optimizer, self.config, self.world, self.start, self.steps)
 
     def plain(self) -> dict[str, Any]:
-        return {}
+        return {"processes": self.world.size}
 
     def finish(
         self, model: nn.Module, config: AnyConfig, out: Path, step: int, writer: MetricsWriter | None

@@ -168,6 +168,14 @@ class World:
         dist.all_gather_object(items, item, group=self.waiting)
         return items
 
+    def collect(self, item: T) -> list[T] | None:
+        """Every process's `item`, by rank, on the first; None on the others."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(item, items, dst=0, group=self.waiting)
+        return items
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,7 @@ from bevt.data.sampling import Stream
 from bevt.models import names, weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.probes import Probes
-from bevt.train import checkpoint
+from bevt.train import checkpoint, memory
 from bevt.train.classify import ClassStep
 from bevt.train.distributed import World
 from bevt.train.loop import RunResult, Stop, Task, run
@@ -85,7 +87,7 @@ class Finetuning(Task):
         backbone = model.backbone if isinstance(model, Probes) else cast(VideoSwinClassifier, model)
         if self.config.init and fresh:
             return model, f"{self.config.init}: {initialise(backbone, self.config)}"
-        return model, ""
+        return model, "from random weights, as there is no --init" if fresh else ""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.config.optim, rule=rule_of(self.config))
@@ -104,6 +106,9 @@ class Finetuning(Task):
     def notes(self) -> Iterator[str]:
         yield f"{len(self.classes)} classes: {', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''}"
         yield from self.said
+
+    def explained(self) -> AbstractContextManager[None]:
+        return memory.advised(f"train.micro_{self.stream}")
 
     def plain(self) -> dict[str, Any]:
         return {"classes": list(self.classes)}
@@ -177,9 +182,17 @@ def rule_of(config: FinetuneConfig) -> Callable[[str], Rule]:
 def rates(config: FinetuneConfig, classes: int) -> dict[str, Rule]:
     """Every trained parameter's, by name, in the order of the model; nothing is allocated."""
     rule = rule_of(config)
+    check(as_if_trained(config))
     with torch.device("meta"):
         model = build_classifier(config, classes, torch.device("meta"))
     return {name: rule(name) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def as_if_trained(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` for `check` where nothing is trained, and so no training files are named."""
+    stream = stream_of(config)
+    source: Any = {stream: getattr(config.data, stream) or "none"}
+    return replace(config, data=replace(config.data, **source))
 
 
 def _probing_rule(config: FinetuneConfig) -> Callable[[str], Rule]:

@@ -25,7 +25,7 @@ from bevt_kernels.baselines.common import compile_reasons
 from torch import Tensor, nn
 
 import bevt
-from bevt.config import AnyConfig, ConfigError, from_dict, to_dict
+from bevt.config import AnyConfig, ConfigError, command_of, from_dict, to_dict
 from bevt.data import DataError
 from bevt.data.batch import Batch, Loader
 from bevt.data.build import StepLoader, build_loader, check_held_out, held_out_sources, source_kind
@@ -76,6 +76,8 @@ class Task:
     config: AnyConfig
     labels: np.ndarray | None = None
     """Class numbers of the training files."""
+    fixed_on_resume: frozenset[str] = frozenset()
+    """Keys of `FREE_ON_RESUME` that this task may not change."""
 
     def prepare(self, world: World, saved: dict[str, Any] | None) -> None:
         """What can be refused before any file is looked at; `saved`: the state of the checkpoint to continue from."""
@@ -148,11 +150,17 @@ def run(task: Task, out: Path, *, resume: bool = False, quiet: bool = False, pro
     and after, evaluation, they end as they end any program, and `resume` takes it up again. Raises ConfigError,
     DataError, CheckpointError, WeightsError or RunError with a message for a person.
     """
+    with joined() as world, ExitStack() as stack:
+        saved = _open_run(task, out, world, stack, resume)
+        return _train(task, out, world, stack, saved, quiet, profile)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world while the context lasts. Where another process has ended, RunError says so."""
     world = join_world()
     try:
-        with ExitStack() as stack:
-            saved = _open_run(task.config, out, world, stack, resume)
-            return _train(task, out, world, stack, saved, quiet, profile)
+        yield world
     except RuntimeError as error:
         if world.size == 1 or not any(said in str(error) for said in GONE):
             raise
@@ -236,6 +244,7 @@ def _train(
         meter.check_finite()
         task.saving()
         plain = {
+            "command": command_of(config),
             "config": to_dict(config),
             **task.plain(),
             "loader": loader.state_dict(),
@@ -370,8 +379,9 @@ def _probe_sources(config: AnyConfig, world: World, quiet: bool) -> None:
     world.barrier()
 
 
-def _open_run(config: AnyConfig, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
+def _open_run(task: Task, out: Path, world: World, stack: ExitStack, resume: bool) -> dict[str, Any] | None:
     """Make or reopen the run folder, held by this run until `stack` ends; what the newest checkpoint says, if any."""
+    config = task.config
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
     try:
@@ -387,10 +397,15 @@ def _open_run(config: AnyConfig, out: Path, world: World, stack: ExitStack, resu
     with _naming_a_way_on():
         saved = checkpoint.read_state(found) if found else None
     if saved:
+        kind = saved.get("command", "pretrain")
+        if kind != command_of(config):
+            raise RunError(
+                f"{out} holds a run of `bevt {kind}`: continue it with that, or name another folder with --out"
+            )
         changed = [
             f"{key} = {old!r}, now {new!r}"
             for key, old, new in _differences(to_dict(from_dict(saved["config"], type(config))), to_dict(config))
-            if key not in FREE_ON_RESUME
+            if key not in FREE_ON_RESUME - task.fixed_on_resume
         ]
         if changed:
             raise RunError(

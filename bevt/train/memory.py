@@ -287,6 +287,18 @@ def _forward_peak(config: FinetuneConfig, classes: int, views: int, device: str)
 
 
 @contextmanager
+def advised(key: str) -> Iterator[None]:
+    """A context in which running out of memory is a RunError that says which key to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out(error):
+            raise
+        said = str(error).strip().splitlines()
+        raise RunError(f"out of memory ({said[0] if said else type(error).__name__}): lower {key}") from error
+
+
+@contextmanager
 def explained(config: Config, world: World) -> Iterator[None]:
     """A context in which running out of memory is a RunError that says what needs it and what to change."""
     try:

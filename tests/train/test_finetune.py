@@ -182,8 +182,9 @@ def test_probes_train_and_leave_the_encoder(tuned: FinetuneConfig, finished: Pat
     """Four heads in one pass, each with a figure of its own; the frozen weights are the checkpoint's, bit for bit."""
     config = changed(
         replace(tuned, init=str(finished / "checkpoints" / "last"), augment=AugmentConfig()),
+        model={"drop_path": 0.0},
         head={"probes": ("linear", "attentive"), "probe_lrs": (1.0, 0.1), "dropout": 0.0},
-        optim={"ema": 0.0, "lr": 1e-2},
+        optim={"ema": 0.0, "lr": 1e-2, "clip_grad": 0.0, "layer_decay": 1.0},
     )
     result = finetune(config, tmp_path / "probes", quiet=True)
     names = ("linear 1", "linear 0.1", "attentive 1", "attentive 0.1")
@@ -196,8 +197,6 @@ def test_probes_train_and_leave_the_encoder(tuned: FinetuneConfig, finished: Pat
     assert frozen
     for name, value in frozen.items():
         assert torch.equal(saved["model"][f"backbone.{name}"], value), name
-    moved = [float((saved["model"][f"heads.{i}.weight"] - 0).abs().mean()) for i in (0, 1)]
-    assert moved[0] > moved[1], "ten times the rate has to move the linear probe further"
 
 
 def test_probes_are_independent(tuned: FinetuneConfig) -> None:
@@ -220,10 +219,7 @@ def test_probes_are_independent(tuned: FinetuneConfig) -> None:
         torch.testing.assert_close(kept[2 * i], grad)
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_images_are_classified_by_the_image_stream(
-    tuned: FinetuneConfig, lists: Path, tmp_path: Path, images: bool
-) -> None:
+def test_images_are_classified_by_the_image_stream(tuned: FinetuneConfig, lists: Path, tmp_path: Path) -> None:
     """Supervised pictures, and a video run that starts from them."""
     config = changed(
         tuned,
@@ -238,8 +234,6 @@ def test_images_are_classified_by_the_image_stream(
         optim={"max_steps": 2, "epochs": 1},
     )
     finetune(config, tmp_path / "images", quiet=True)
-    if images:
-        return
     video = replace(tuned, init=str(tmp_path / "images" / "checkpoints" / "last"))
     model = build_classifier(video, 3, CPU)
     said = initialise(model, video)  # type: ignore[arg-type]
@@ -282,7 +276,12 @@ def test_a_start_with_a_longer_window(tuned: FinetuneConfig, finished: Path) -> 
         ({"data": {"views": 4}}, ConfigError, "data.views has no meaning where classes are learned"),
         ({"data": {"crop_area": (0.5, 0.2)}}, ConfigError, "data.crop_area must be a range"),
         ({"augment": {"magnitude": 31}}, ConfigError, "augment.magnitude at most 30"),
-        ({"head": {"probes": ("linear",)}}, ConfigError, "optim.ema has no meaning with head.probes"),
+        ({"head": {"probes": ("linear",)}}, ConfigError, "optim.ema = 0.9 has no meaning with head.probes"),
+        (
+            {"head": {"probes": ("linear",), "probe_lrs": (1.0, 1.0), "dropout": 0.0}},
+            ConfigError,
+            "each kind and rate only once",
+        ),
         ({"optim": {"layer_decay": 1.5}}, ConfigError, "optim.layer_decay must be from 0 to 1"),
         ({"model": {"loss_impl": "native"}}, ConfigError, "model.loss_impl is the masked-token loss's"),
     ],
@@ -371,7 +370,7 @@ def test_other_classes_than_the_run_began_with(
         finetune(changed(tuned, data={"clips": str(labelled), "val_clips": ""}), out, resume=True, quiet=True)
 
 
-def test_a_classifier_of_an_unknown_head_is_refused_by_type() -> None:
+def test_the_public_form_of_the_classifier() -> None:
     """`VideoSwinClassifier` keeps its public form: pixels in, logits out."""
     from bevt.config import ModelConfig
 

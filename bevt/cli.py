@@ -412,7 +412,9 @@ def _test(argv: list[str]) -> int:
         from bevt.evaluate.checkpoints import report
         from bevt.evaluate.predictions import Predictions
 
-        print(report({"normal": Predictions.load(args.from_dump)}, args.out or args.from_dump.with_suffix(".scores")))
+        found = Predictions.load(args.from_dump)
+        named = {found.about.get("of", "normal"): found}
+        print(report(named, args.out or args.from_dump.with_suffix(".scores")))
         return 0
     from bevt.recipes import FINETUNE_RECIPES
 

@@ -519,6 +519,10 @@ def _check_finetuning(config: FinetuneConfig) -> None:
     if t.clips and t.images:
         raise ConfigError("train.clips and train.images: classes are learned of one stream, set one of them to 0")
     stream = "clips" if t.clips else "images"
+    if t.images and config.model.window_size[0] != 1:
+        raise ConfigError(
+            f"model.window_size must be (1, h, w) where images are classified, got {config.model.window_size}"
+        )
     for key in ("views", "image_source"):
         if getattr(d, key) != getattr(DataConfig, key):
             raise ConfigError(f"data.{key} has no meaning where classes are learned: leave it out")

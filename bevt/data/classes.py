@@ -37,7 +37,11 @@ def read_classes(path: str) -> tuple[str, ...]:
         if body and all(len(row) > 1 and row[0].strip().isdecimal() for row in body):
             numbered = [(int(row[0]), ",".join(row[1:]).strip()) for row in body]
         else:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in text.rstrip().splitlines()]
+            if "" in lines:
+                raise DataError(
+                    f"head.classes: line {lines.index('') + 1} of {path} is empty: name a class or delete it"
+                )
             numbered = list(enumerate(lines))
     numbered.sort()
     names = tuple(name for _, name in numbered)
@@ -50,13 +54,13 @@ def read_classes(path: str) -> tuple[str, ...]:
     return names
 
 
-def found_classes(manifest: Manifest) -> tuple[str, ...]:
+def found_classes(manifest: Manifest, source: str) -> tuple[str, ...]:
     """The classes that the labels of a source speak of: 0 to the highest number, or all names in alphabetical order.
 
     Raises DataError where a file has no label, some labels are numbers and others names, a number is below 0 or has no
     file, or there are fewer than two classes.
     """
-    labels = _labels(manifest)
+    labels = _labels(manifest, source)
     texts = {label for label in labels if isinstance(label, str)}
     present = {label for label in labels if isinstance(label, int)}
     if texts and not present:
@@ -64,28 +68,36 @@ def found_classes(manifest: Manifest) -> tuple[str, ...]:
     elif present and not texts:
         highest = max(present)
         if min(present) < 0:
-            raise DataError(f"{manifest.root}: the label {min(present)} is below 0: classes count from 0")
-        if absent := sorted(set(range(highest + 1)) - present):
-            start = " (classes count from 0, not from 1)" if absent == [0] else ""
+            raise DataError(f"{source}: the label {min(present)} is below 0: classes count from 0")
+        if gaps := highest + 1 - len(present):
+            absent = next(number for number in range(highest + 1) if number not in present)
+            more = f" and {gaps - 1} more" if gaps > 1 else ""
+            start = " (classes count from 0, not from 1)" if (absent, gaps) == (0, 1) else ""
             raise DataError(
-                f"{manifest.root}: labels go up to {highest}, but no file has class {_some(absent)}{start}; if these "
+                f"{source}: labels go up to {highest}, but no file has class {absent}{more}{start}; if these "
                 "classes exist, name all with --head.classes FILE, one a line"
             )
         names = tuple(map(str, range(highest + 1)))
     else:
-        raise DataError(f"{manifest.root}: some labels are numbers, others names ({min(texts)!r}); use one of both")
+        raise DataError(f"{source}: some labels are numbers, others names ({min(texts)!r}); use one of both")
     if len(names) < 2:
-        raise DataError(f"{manifest.root}: all files have the label {names[0]!r}; at least two classes are needed")
+        raise DataError(f"{source}: all files have the label {names[0]!r}; at least two classes are needed")
     return names
 
 
-def class_numbers(manifest: Manifest, classes: Sequence[str]) -> np.ndarray:
+def class_numbers(manifest: Manifest, source: str, classes: Sequence[str], *, numbered: bool) -> np.ndarray:
     """(files,) int64: the class of each file, unreadable ones too, in the manifest's order.
 
-    Raises DataError, naming the first, for files without a label, and for labels that are not among the classes.
+    `numbered`: the classes have numbers that somebody gave them, so that labels may be such. Raises DataError, naming
+    the first, for files without a label, and for labels that are not among the classes.
     """
     by_name = {name: number for number, name in enumerate(classes)}
-    labels = _labels(manifest)
+    labels = _labels(manifest, source)
+    if not numbered and (number := next((label for label in labels if isinstance(label, int)), None)) is not None:
+        raise DataError(
+            f"{source}: labels are numbers ({number}), but the classes are known by names ({classes[0]!r}, ...): say "
+            "which number is which with --head.classes FILE"
+        )
     numbers = np.array(
         [
             (label if 0 <= label < len(classes) else -1) if isinstance(label, int) else by_name.get(label, -1)
@@ -99,10 +111,14 @@ def class_numbers(manifest: Manifest, classes: Sequence[str]) -> np.ndarray:
             f"0 to {len(classes) - 1}" if isinstance(labels[wrong[0]], int) else f"{classes[0]!r} to {classes[-1]!r}"
         )
         raise DataError(
-            f"{manifest.root}: {len(wrong)} files have a label that is none of the {len(classes)} classes "
-            f"({known}): {first}"
+            f"{source}: {len(wrong)} files have a label that is none of the {len(classes)} classes ({known}): {first}"
         )
     return numbers
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """The classes have no names but their numbers."""
+    return tuple(classes) == tuple(map(str, range(len(classes))))
 
 
 def without_files(numbers: np.ndarray, classes: Sequence[str]) -> str:
@@ -111,7 +127,7 @@ def without_files(numbers: np.ndarray, classes: Sequence[str]) -> str:
     return f"{len(absent)} of {len(classes)} classes: {_some([repr(classes[i]) for i in absent])}" if absent else ""
 
 
-def _labels(manifest: Manifest) -> list[str | int]:
+def _labels(manifest: Manifest, source: str) -> list[str | int]:
     """Every entry's label. Raises DataError where one has none."""
     labels, without = [], []
     for entry in manifest.entries:
@@ -122,7 +138,7 @@ def _labels(manifest: Manifest) -> list[str | int]:
     if without:
         odd = " (the label beside it is neither a number nor a text)" if without[0].mislabelled else ""
         raise DataError(
-            f"{manifest.root}: {len(without)} of {len(manifest.entries)} files have no label, {without[0].path} the "
+            f"{source}: {len(without)} of {len(manifest.entries)} files have no label, {without[0].path} the "
             f"first{odd}; give a list of `path label` lines, a published annotation file, or a folder for each class"
         )
     return labels

@@ -16,15 +16,16 @@ from rich.console import Console
 
 from bevt.config import ConfigError, FinetuneConfig, check
 from bevt.data.build import check_held_out, source_kind, view_backend, view_batches
-from bevt.data.classes import class_numbers
+from bevt.data.classes import are_numbers, class_numbers
 from bevt.data.entry import Entry
-from bevt.data.manifest import Manifest, open_source
+from bevt.data.manifest import Manifest, open_source, probe_source
 from bevt.data.probe import probe
 from bevt.evaluate.classification import ORDERS, classify
 from bevt.evaluate.predictions import Predictions, require_parquet
 from bevt.evaluate.scores import ClassScore, confusion, per_class, scores, table
 from bevt.pictures.answers import answer
 from bevt.pictures.confusion import confusion as draw
+from bevt.train import checkpoint
 from bevt.train.distributed import World
 from bevt.train.finetune import as_if_trained, head_names, own_config, restore, stream_of
 from bevt.train.loop import joined
@@ -36,12 +37,14 @@ def tested_config(path: Path, recipe: FinetuneConfig) -> FinetuneConfig:
 
     Raises ConfigError where the checkpoint is of another recipe, CheckpointError where it is none of a finetuned model.
     """
+    if not path.exists():
+        raise checkpoint.CheckpointError(f"no checkpoint, and no file of weights, at {path}")
     if not path.is_dir():
         return recipe
     own = own_config(path)
     if own.recipe not in (recipe.recipe, "custom"):
         raise ConfigError(f"{path} was made by recipe {own.recipe!r}: say `bevt test {own.recipe} {path}`")
-    return own
+    return replace(own, head=replace(own.head, classes=""))  # the checkpoint has the names
 
 
 def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | None, temporal: bool) -> str:
@@ -63,6 +66,8 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
     check(as_if_trained(config))
     if dump:
         require_parquet()
+        if dump.suffix != ".parquet" or (dump.exists() and not dump.is_file()):
+            raise ConfigError(f"--dump {dump}: name a file that ends in .parquet")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     with joined() as world:
@@ -72,8 +77,9 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
             _writable(dump.parent if dump else out)
             open_source(source, source_kind(config.data, stream))
         world.barrier()
-        manifest = open_source(source, source_kind(config.data, stream), kept=True)
-        labels = class_numbers(manifest, classes)
+        manifest = probe_source(source, source_kind(config.data, stream), kept=True)
+        numbered = bool(config.head.classes) or are_numbers(classes)
+        labels = class_numbers(manifest, source, classes, numbered=numbered)
         check_held_out(manifest, config.data.backend)
         choice = view_backend(config, stream, manifest) if world.main else None
         name = world.broadcast(choice.name if choice else "")
@@ -93,7 +99,10 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
         )
     if not found:
         return ""
-    named = {head or order: predictions for (head, order), predictions in found.items()}
+    named = {
+        head or order: replace(predictions, about={**predictions.about, "of": head or order})
+        for (head, order), predictions in found.items()
+    }
     text = report(named, out)
     for i, (name, predictions) in enumerate(named.items()):
         if dump:
@@ -139,6 +148,8 @@ def report(named: Mapping[str, Predictions], out: Path) -> str:
         console.print(f"{len(first.files)} files, {views[0]} x {views[1]} views each")
         for name, each in found.items():
             console.print(f"{f'{name}: ' if len(found) > 1 else ''}{each}", markup=False)
+        if len(found) > 1:
+            console.print(f"classes of {next(iter(found))}:", markup=False)
         console.print(table(rows))
         console.print(f"scores, classes and confusion: {out}")
     return text.get().rstrip()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bevt import draws
-from bevt.config import FinetuneConfig
+from bevt.config import FinetuneConfig, UserError
 from bevt.data import DataError, augment
 from bevt.data.build import check_held_out, view_batches
 from bevt.data.entry import Entry
@@ -20,6 +20,7 @@ from bevt.data.sampling import Stream
 from bevt.evaluate.predictions import Predictions, merge
 from bevt.train.distributed import World
 from bevt.train.memory import advised, views_at_once
+from bevt.train.metrics import RunError
 from bevt.train.step import autocast
 
 Order = Literal["normal", "single", "shuffled", "reversed"]
@@ -58,7 +59,7 @@ def classify(
     files = max(1, most // (clips * crops))
     numbers = range(world.rank, len(manifest.entries), world.size)
     found: dict[tuple[str, Order], list[np.ndarray]] = {(head, order): [] for head in heads for order in orders}
-    problem = ""
+    problem: UserError | None = None
     was_training = model.training
     model.eval()
     try:
@@ -78,12 +79,14 @@ def classify(
                         ]
                     for head, values in zip(heads, torch.cat(outputs, dim=1).cpu().numpy()):
                         found[head, order].append(values)
-    except DataError as error:
-        problem = str(error)
+                        if not np.isfinite(values).all():
+                            raise RunError("the model's outputs are not finite: it has diverged; lower optim.lr")
+    except (DataError, RunError) as error:
+        problem = error
     finally:
         model.train(was_training)
     if problems := [each for each in world.gather(problem) if each]:
-        raise DataError("\n".join(problems))
+        raise type(problems[0])("\n".join(dict.fromkeys(map(str, problems))))
     if any(world.gather(stopped())):
         return {}
     everything = tuple(map(_name, manifest.entries))

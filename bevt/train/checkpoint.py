@@ -303,7 +303,9 @@ def _open(path: Path, *, whole: bool = False) -> tuple[dict[str, Any], Metadata]
         )
     for name in (STATE, METADATA):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path} is no checkpoint, or was cut short: it has no file {name}")
+            last = path / "checkpoints" / "last"
+            hint = f"; {last} is one" if last.exists() else ""
+            raise CheckpointError(f"{path} is no checkpoint, or was cut short: it has no file {name}{hint}")
     try:
         state = json.loads((path / STATE).read_text())
         if not isinstance(state, dict) or state.get("format") != FORMAT:

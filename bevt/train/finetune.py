@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bevt.config import AnyConfig, ConfigError, FinetuneConfig, check, from_dict
-from bevt.data.build import source_kind
-from bevt.data.classes import class_numbers, found_classes, read_classes, without_files
-from bevt.data.manifest import Manifest, open_source
+from bevt.data.build import StepLoader, source_kind
+from bevt.data.classes import are_numbers, class_numbers, found_classes, read_classes, without_files
+from bevt.data.manifest import Manifest, probe_source
 from bevt.data.sampling import Stream
 from bevt.models import names, weights
 from bevt.models.classifier import VideoSwinClassifier
@@ -62,15 +62,17 @@ class Finetuning(Task):
 
     def look(self, saved: dict[str, Any] | None) -> None:
         data = self.config.data
-        manifest = self._manifest(getattr(data, self.stream))
-        self.classes = self.classes or found_classes(manifest)
-        self.labels = class_numbers(manifest, self.classes)
+        source = getattr(data, self.stream)
+        manifest = self._manifest(source)
+        self.classes = self.classes or found_classes(manifest, source)
+        numbered = bool(self.config.head.classes) or are_numbers(self.classes)
+        self.labels = class_numbers(manifest, source, self.classes, numbered=numbered)
         if absent := without_files(self.labels, self.classes):
             self.said.append(f"{absent} have no training file: nothing is learned of them")
         held_out = getattr(data, f"val_{self.stream}")
         if held_out:
             self.held_out = self._manifest(held_out)
-            self.held_out_labels = class_numbers(self.held_out, self.classes)
+            self.held_out_labels = class_numbers(self.held_out, held_out, self.classes, numbered=numbered)
             if absent := without_files(self.held_out_labels, self.classes):
                 self.said.append(f"{absent} have no held-out file")
         if saved and saved["classes"] != list(self.classes):
@@ -80,7 +82,7 @@ class Finetuning(Task):
             )
 
     def _manifest(self, source: str) -> Manifest:
-        return open_source(source, source_kind(self.config.data, self.stream), kept=True)
+        return probe_source(source, source_kind(self.config.data, self.stream), kept=True)
 
     def build(self, *, fresh: bool) -> tuple[nn.Module, str]:
         model = build_classifier(self.config, len(self.classes), self.world.device)
@@ -113,9 +115,11 @@ class Finetuning(Task):
     def plain(self) -> dict[str, Any]:
         return {"classes": list(self.classes)}
 
+    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
+        self.steps_between = loader.steps_per_epoch * self.config.train.eval_every
+
     def due(self, step: int, steps: int) -> bool:
-        each = self.config.optim.epochs / self.config.train.eval_every
-        passed, before = (int(at / steps * each + 1e-9) for at in (step, step - 1))
+        passed, before = (int(at / self.steps_between + 1e-9) for at in (step, step - 1))
         return bool(getattr(self.config.data, f"val_{self.stream}")) and passed > before
 
     def evaluate(self, model: nn.Module, config: AnyConfig, stop: Stop) -> dict[str, float]:
@@ -224,8 +228,8 @@ def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
     Raises CheckpointError for a folder that is no checkpoint and WeightsError for weights that do not fit.
     """
     path = Path(config.init)
+    source = read_weights(path)
     try:
-        source = read_weights(path)
         norm = config.model.quirks == "official" or not source.masked
         return f"{source.what}: {weights.start(model, source, config.model.window_size, stream_of(config), norm=norm)}"
     except weights.WeightsError as error:
@@ -235,10 +239,15 @@ def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
 def read_weights(path: Path) -> names.Source:
     """The weights of a checkpoint of this project, of any stage, or of a file of somebody's."""
     if not path.is_dir():
-        return names.recognise(weights.read_file(path))
-    saved = checkpoint.load(path, optimizer=False)
-    state = {**saved["model"], **saved.get("average", {})}
-    return names.recognise({name.removeprefix("backbone."): value for name, value in state.items()})
+        state = weights.read_file(path)
+    else:
+        saved = checkpoint.load(path, optimizer=False)
+        state = {**saved["model"], **saved.get("average", {})}
+    try:
+        own = {name.removeprefix("backbone."): value for name, value in state.items()} if path.is_dir() else state
+        return names.recognise(own)
+    except weights.WeightsError as error:
+        raise weights.WeightsError(f"{path}: {error}") from error
 
 
 def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[nn.Module, tuple[str, ...]]:
@@ -264,12 +273,17 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
         return model, classes
     saved = checkpoint.load(path, optimizer=False)
     _of_classes(path, saved)
-    model = build_classifier(config, len(saved["classes"]), device)
+    classes = read_classes(config.head.classes) if config.head.classes else tuple(saved["classes"])
+    if len(classes) != len(saved["classes"]):
+        raise weights.WeightsError(
+            f"{path} has learned {len(saved['classes'])} classes, {config.head.classes} names {len(classes)}"
+        )
+    model = build_classifier(config, len(classes), device)
     try:
         weights.load(model, {**saved["model"], **saved.get("average", {})})
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
-    return model, tuple(saved["classes"])
+    return model, classes
 
 
 def own_config(path: Path) -> FinetuneConfig:

@@ -23,21 +23,21 @@ def manifest(labels: Sequence[str | int | None], **kwargs: bool) -> Manifest:
 
 def test_numbers_are_classes_as_they_are() -> None:
     source = manifest([2, 0, 1, 2])
-    assert found_classes(source) == ("0", "1", "2")
-    assert class_numbers(source, ("0", "1", "2")).tolist() == [2, 0, 1, 2]
+    assert found_classes(source, "list") == ("0", "1", "2")
+    assert class_numbers(source, "list", ("0", "1", "2"), numbered=True).tolist() == [2, 0, 1, 2]
 
 
 def test_names_are_classes_in_alphabetical_order() -> None:
     source = manifest(["run", "jump", "walk", "jump"])
-    assert found_classes(source) == ("jump", "run", "walk")
-    assert class_numbers(source, ("jump", "run", "walk")).tolist() == [1, 0, 2, 0]
+    assert found_classes(source, "list") == ("jump", "run", "walk")
+    assert class_numbers(source, "list", ("jump", "run", "walk"), numbered=False).tolist() == [1, 0, 2, 0]
 
 
 def test_unreadable_files_have_classes_too() -> None:
     source = Manifest(
         "clips", "/videos", (Entry("0.mp4", 1, 1, error="cut off", label="b"), Entry("1.mp4", 1, 1, label="a"))
     )
-    assert class_numbers(source, found_classes(source)).tolist() == [1, 0]
+    assert class_numbers(source, "list", found_classes(source, "list"), numbered=False).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,7 @@ def test_unreadable_files_have_classes_too() -> None:
     [
         ([0, 1, 3], r"labels go up to 3, but no file has class 2; .*--head.classes"),
         ([1, 2, 3], r"no file has class 0 \(classes count from 0, not from 1\)"),
+        ([0, 10**9], r"list: labels go up to 1000000000, but no file has class 1 and 999999998 more"),
         ([0, -1], r"the label -1 is below 0"),
         ([0, "run"], r"some labels are numbers, others names \('run'\)"),
         ([0, None, 1, None], r"2 of 4 files have no label, 1.mp4 the first"),
@@ -53,7 +54,7 @@ def test_unreadable_files_have_classes_too() -> None:
 )
 def test_labels_that_make_no_classes(labels: list[str | int | None], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        found_classes(manifest(labels))
+        found_classes(manifest(labels), "list")
 
 
 @pytest.mark.parametrize(
@@ -66,18 +67,18 @@ def test_labels_that_make_no_classes(labels: list[str | int | None], message: st
 )
 def test_labels_that_are_none_of_the_classes(labels: list[str | int], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        class_numbers(manifest(labels), ("a", "b", "c", "d"))
+        class_numbers(manifest(labels), "list", ("a", "b", "c", "d"), numbered=True)
 
 
 def test_a_label_in_an_archive_that_is_none() -> None:
     with pytest.raises(DataError, match="neither a number nor a text"):
-        found_classes(manifest([None], mislabelled=True))
+        found_classes(manifest([None], mislabelled=True), "list")
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("classes.txt", "swim, fast\nrun\n\nwalk\n"),
+        ("classes.txt", "swim, fast\nrun\nwalk\n\n"),
         ("map.csv", 'id,name\n0,"swim, fast"\n1,run\n2,walk\n'),
         ("map.csv", '2,walk\n0,"swim, fast"\n1,run\n'),
         ("labels.json", json.dumps({"run": "1", "swim, fast": "0", "walk": 2})),
@@ -97,6 +98,7 @@ def test_files_of_names(tmp_path: Path, name: str, text: str) -> None:
         ("a.json", "[1]", "is not {name: number}"),
         ("a.json", '{"run": "x"}', "is not {name: number}"),
         ("a.txt", "run\n", "names 1 classes"),
+        ("a.txt", "run\n\nwalk\n", "line 2 of .*a.txt is empty"),
     ],
 )
 def test_files_that_name_no_classes(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -113,3 +115,10 @@ def test_no_file_of_names(tmp_path: Path) -> None:
 def test_classes_without_files_are_named() -> None:
     assert without_files(np.array([0, 2]), ("a", "b", "c", "d")) == "2 of 4 classes: 'b', 'd'"
     assert without_files(np.array([0, 1]), ("a", "b")) == ""
+
+
+def test_numbers_say_nothing_where_classes_are_known_by_name() -> None:
+    with pytest.raises(
+        DataError, match=r"list: labels are numbers \(0\), but the classes are known by names \('a', ...\)"
+    ):
+        class_numbers(manifest([0, 1]), "list", ("a", "b"), numbered=False)

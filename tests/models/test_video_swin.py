@@ -76,7 +76,7 @@ def test_torchvision_derived_indices_are_equal(torchvision_video: ModuleType) ->
 )
 def test_swin_b_multiply_adds(shape: tuple[int, ...], published: float, digits: int) -> None:
     with torch.device("meta"):
-        model = VideoSwinClassifier(ModelConfig(), 400)
+        model = VideoSwinClassifier(ModelConfig(), 400, device="meta")
         with FlopCounterMode(display=False) as counter:
             model.features(torch.empty(shape))
     assert round(counter.get_total_flops() / 2e9, digits) == published

@@ -70,7 +70,11 @@ def slow(config: FinetuneConfig, model: torch.nn.Module, frames: str = "normal")
 
 def predicted(config: FinetuneConfig, model: torch.nn.Module, **options: object) -> dict[str, Predictions]:
     manifest = index(config.data.val_clips, "clips")
-    views = {"clips": config.test.clips, "crops": config.test.crops, "labels": class_numbers(manifest, CLASSES)}
+    views = {
+        "clips": config.test.clips,
+        "crops": config.test.crops,
+        "labels": class_numbers(manifest, "list", CLASSES, numbered=True),
+    }
     found = classify(model, config, manifest, CLASSES, ALONE, **{**views, **options})  # type: ignore[arg-type]
     return {order: predictions for (_, order), predictions in found.items()}
 
@@ -277,9 +281,13 @@ def test_a_checkpoint_of_another_recipe(run: Path, capsys: pytest.CaptureFixture
     ("argv", "message"),
     [
         (["test", "ssv2"], "name the model: bevt test ssv2 CHECKPOINT"),
-        (["test", "ssv2", "nowhere.pth", "--data.val-clips", "x", "--out", "y"], "no file nowhere.pth"),
-        (["test", "ssv2", "nowhere.pth", "--data.val-clips", "x"], "--out is needed"),
-        (["test", "ssv2", "nowhere.pth"], "data.val_clips is empty"),
+        (
+            ["test", "ssv2", "nowhere.pth", "--data.val-clips", "x"],
+            "no checkpoint, and no file of weights, at nowhere.pth",
+        ),
+        (["test", "ssv2", __file__, "--data.val-clips", "x"], "--out is needed"),
+        (["test", "ssv2", __file__], "data.val_clips is empty"),
+        (["test", "ssv2", __file__, "--data.val-clips", "x", "--out", "y", "--dump", "/dev/full"], "ends in .parquet"),
         (["test", "--from-dump", "none.parquet"], "no predictions none.parquet"),
         (["predict", "v.mp4", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     ],

@@ -317,8 +317,8 @@ def test_a_defect_in_a_worker_is_an_error(config: Config, workers: int, monkeypa
     """With the worker's traceback, the names of the samples, and no process left behind."""
     real = Sampler.request
 
-    def outside(sampler: Sampler, position: int, substitute: int = 0) -> Request:
-        return replace(real(sampler, position, substitute), crop=(10**6, 0))
+    def outside(sampler: Sampler, position: int, substitute: int = 0, cut: int = 0) -> Request:
+        return replace(real(sampler, position, substitute, cut), crop=(10**6, 0))
 
     monkeypatch.setattr(Sampler, "request", outside)
     begin = time.monotonic()
@@ -358,12 +358,12 @@ from bevt.data.sampling import Sampler
 if __name__ == "__main__":
     if sys.argv[2] == "defect":
         real = Sampler.request
-        Sampler.request = lambda self, position: replace(
+        Sampler.request = lambda self, position, cut: replace(
             real(self, position), crop=(0, 0) if position < 10 else (10**6, 0)
         )
     if sys.argv[2] == "defect here":
         real = Sampler.request
-        Sampler.request = lambda self, position: real(self, position if position < 10 else "ten")
+        Sampler.request = lambda self, position, cut: real(self, position if position < 10 else "ten")
     signal.signal(signal.SIGTERM, lambda *_: print("told", file=sys.stderr))
     loader = build_loader(Config(
         image_mask=MaskConfig(kind="block", min_block=4),

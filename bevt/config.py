@@ -275,6 +275,11 @@ class HeadConfig:
     probe_lrs: tuple[float, ...] = (1.0, 0.3, 0.1)
     """Learning rates of the probes, times `optim.lr`."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One a probe: its kind and its share of the learning rate."""
+        return tuple(f"{kind} {rate:g}" for kind in self.probes for rate in self.probe_lrs)
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -347,6 +352,16 @@ class FinetuneConfig:
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+    @property
+    def stream(self) -> Literal["clips", "images"]:
+        """What is classified."""
+        return "clips" if self.train.clips else "images"
+
+    @property
+    def views(self) -> tuple[int, int]:
+        """Clips and crops of a test."""
+        return self.test.clips if self.stream == "clips" else 1, self.test.crops
 
 
 @dataclass(frozen=True)
@@ -518,7 +533,7 @@ def _check_finetuning(config: FinetuneConfig) -> None:
     _check_run(config)
     if t.clips and t.images:
         raise ConfigError("train.clips and train.images: classes are learned of one stream, set one of them to 0")
-    stream = "clips" if t.clips else "images"
+    stream = config.stream
     if t.images and config.model.window_size[0] != 1:
         raise ConfigError(
             f"model.window_size must be (1, h, w) where images are classified, got {config.model.window_size}"
@@ -539,7 +554,7 @@ def _check_finetuning(config: FinetuneConfig) -> None:
     if h.probes and not h.probe_lrs:
         raise ConfigError("head.probe_lrs is empty: head.probes needs at least one rate")
     if h.probes:
-        if len({f"{kind} {rate:g}" for kind in h.probes for rate in h.probe_lrs}) < len(h.probes) * len(h.probe_lrs):
+        if len(set(h.names)) < len(h.names):
             raise ConfigError(f"head.probes {h.probes} at head.probe_lrs {h.probe_lrs}: each kind and rate only once")
         neutral = {
             "optim.ema": (config.optim.ema, 0.0),

@@ -1,9 +1,9 @@
 """`bevt replicate`: the paper's comparisons at a small scale, from nothing to a report.
 
 Every training is a command of `bevt`, run on one thread, as many at a time as there are cores; what an earlier call has
-finished is kept. Encoders that start in several ways are finetuned on two labellings of the
-same clips, "what" (the shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their
-frames in order, one frame repeated, shuffled, and reversed.
+finished is kept. Encoders that start in several ways are finetuned on two labellings of the same clips, "what" (the
+shape: one frame tells) and "how" (the motion: direction and order tell), and tested with their frames in order, one
+frame repeated, shuffled, and reversed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from bevt.tokenizers.vq import VQConfig
 from bevt.train.metrics import RunError
 from bevt.train.tokenizer import fit_tokenizer
 
-LABELLINGS = {"what": "shape", "how": "motion"}
-"""Column of the dataset's labels."""
+LABELLINGS = {"what": ("shape", shapes.SHAPES), "how": ("motion", shapes.DIRECTED)}
+"""Column of the dataset's labels, and the classes."""
 
 COUNTS = {"train_clips": 576, "val_clips": 288, "train_images": 576, "val_images": 144}
 """Multiples of 36: every motion with every shape, equally often."""
@@ -202,13 +202,12 @@ def write_labels(data: shapes.ShapesPaths) -> None:
     folder = Path(data.labels).parent
     with open(data.labels, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = {"what": shapes.SHAPES, "how": shapes.DIRECTED}
-    for labels, column in LABELLINGS.items():
+    for labels, (column, classes) in LABELLINGS.items():
         for split in COUNTS:
             lines = [
-                f"{row['path']} {names[labels].index(row[column])}"
+                f"{row['path']} {classes.index(row[column])}"
                 for row in rows
-                if row["path"].startswith(f"{split}/") and row[column] in names[labels]
+                if row["path"].startswith(f"{split}/") and row[column] in classes
             ]
             if lines:
                 (folder / f"{labels}_{split}.txt").write_text("\n".join(lines) + "\n")
@@ -262,7 +261,9 @@ def verdict(figures: Figures, labels: str, better: str, other: str) -> tuple[str
     return word, statistics.fmean(differences)
 
 
-def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, seconds: float) -> str:
+def report(
+    out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, counts: Mapping[str, int], seconds: float
+) -> str:
     """`README.md` of the report: tables beside the paper's, and which of its orderings come out."""
 
     def cell(name: str, labels: str, order: str = "normal") -> str:
@@ -277,8 +278,8 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, seconds
         f"{machine()}, bevt {bevt.__version__}, torch {torch.__version__}. Top-1 accuracies in percent, mean and "
         f"standard deviation over {seeds} seeds of finetuning; every encoder was pretrained once, with seed 0.",
         "",
-        f"{COUNTS['train_clips']} clips and {COUNTS['train_images']} stills of the embedded dataset's plain style to "
-        f'learn from, {COUNTS["val_clips"]} clips to test on. "What": the shape, of {len(shapes.SHAPES)}; "how": the '
+        f"{counts['train_clips']} clips and {counts['train_images']} stills of the embedded dataset's plain style to "
+        f'learn from, {counts["val_clips"]} clips to test on. "What": the shape, of {len(shapes.SHAPES)}; "how": the '
         f"motion, of {len(shapes.DIRECTED)} with a direction. Settings: `bevt/recipes/replicate.py`.",
         "",
         "## Ways to start",
@@ -375,7 +376,7 @@ def replicate(
         "Here: the embedded dataset, points for seeds",
         "Paper: Something-Something V2, Swin-B",
     )
-    (folder / "README.md").write_text(report(out, figures, jobs, seeds, max(spent, time.monotonic() - begun)))
+    (folder / "README.md").write_text(report(out, figures, jobs, seeds, counts, max(spent, time.monotonic() - begun)))
     console.print(f"report: {folder / 'README.md'}")
     return folder
 

@@ -35,6 +35,12 @@ _TRIES = 10
 """Boxes that random erasing draws; where none fits, nothing is erased."""
 
 
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """`values` on their way to `device`, which nobody waits for."""
+    host = torch.from_numpy(values)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 def normalize(frames: Tensor) -> Tensor:
     """(..., H, W, 3) uint8 RGB -> (..., 3, H, W) float32, `(x - MEAN) / STD`, contiguous."""
     mean = torch.tensor(MEAN, device=frames.device)

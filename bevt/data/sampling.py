@@ -264,7 +264,10 @@ class Sampler:
             parts = list(pairwise(i * length // count for i in range(count + 1)))
             if u is None:
                 return tuple(first + a + int(max(b - a - 1, 0) * share) for a, b in parts)
-            return tuple(first + a + int(max(b - a, 1) * x) for (a, b), x in zip(parts, u[_NUMBERS:]))
+            return tuple(
+                first + a + int(max(b - a, 1) * x)
+                for (a, b), x in zip(parts, u[_NUMBERS : _NUMBERS + count], strict=True)
+            )
         slack = max(0, length - ((count - 1) * stride + 1))
         begin = int(slack * share) if u is None else int((slack + 1) * u[0])
         return tuple(first + (begin + i * stride) % length for i in range(count))
@@ -319,7 +322,7 @@ def _box(entry: Entry, data: DataConfig, u: np.ndarray) -> tuple[tuple[int, int]
     else:
         high = wide = min(height, width)
         top, left = (height - high) // 2, (width - wide) // 2
-    resize = max(data.crop, round(height * data.crop / high)), max(data.crop, round(width * data.crop / wide))
+    resize = round(height * data.crop / high), round(width * data.crop / wide)
     place = (round(top * data.crop / high), round(left * data.crop / wide))
     return resize, (min(place[0], resize[0] - data.crop), min(place[1], resize[1] - data.crop))
 

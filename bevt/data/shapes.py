@@ -50,8 +50,7 @@ COLOURS = {
 }
 
 Style = Literal["textured", "plain"]
-"""`plain`: bright shapes without texture on two dark backgrounds, in the six motions that have a direction. What moves
-where is then learned in minutes; of textured ones, whose contrast can have either sign, it is not."""
+"""`plain`: bright shapes without texture on two dark backgrounds, in the six motions that have a direction."""
 
 DIRECTED = MOTIONS[:6]
 BRIGHT = ("orange", "yellow", "sky", "pink", "white")

@@ -86,9 +86,8 @@ def distort(images: Tensor, how: Distortions) -> Tensor:
     order = how.order[how.order != _HUE].reshape(-1, 3)
     columns = [np.where(early, how.factors, 1), order, np.where(early, 1, how.factors), order]
     columns += [how.hue, how.grey, how.sigma, how.solarize]
-    host = torch.from_numpy(np.column_stack(columns).astype(np.float32))  # (M, 16): one transfer
-    sent = (host.pin_memory() if images.device.type == "cuda" else host).to(images.device, non_blocking=True)
-    before, after, rest = sent.split([6, 6, 4], dim=1)
+    one = augment.sent(np.column_stack(columns).astype(np.float32), images.device)  # (M, 16): one transfer
+    before, after, rest = one.split([6, 6, 4], dim=1)
     hue, grey, sigma, solarize = rest[:, :, None, None, None].unbind(1)  # (M, 1, 1, 1)
     x = augment.color_jitter(_turn(augment.color_jitter(images, before), hue), after).float()
     red, green, blue = (share * channel for share, channel in zip(augment.LUMA, x.split(1, dim=-1)))

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from bevt.config import ConfigError, FinetuneConfig, check
-from bevt.data.build import check_held_out, source_kind, view_backend, view_batches
+from bevt.data.build import source_kind, view_backend, view_batches
 from bevt.data.classes import are_numbers, class_numbers
 from bevt.data.entry import Entry
 from bevt.data.manifest import Manifest, open_source, probe_source
@@ -27,7 +27,7 @@ from bevt.pictures.answers import answer
 from bevt.pictures.confusion import confusion as draw
 from bevt.train import checkpoint
 from bevt.train.distributed import World
-from bevt.train.finetune import as_if_trained, head_names, own_config, restore, stream_of
+from bevt.train.finetune import as_if_trained, own_config, restore
 from bevt.train.loop import joined
 from bevt.train.metrics import RunError
 
@@ -53,7 +53,7 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
     `out` and `dump` as in `bevt test`; that they can be written is looked at before anything is classified. Raises what
     `restore` and `classify` do, and RunError for places that cannot be written.
     """
-    stream = stream_of(config)
+    stream = config.stream
     source = getattr(config.data, f"val_{stream}")
     if not source:
         raise ConfigError(f"data.val_{stream} is empty: name the held-out files with --data.val-{stream}")
@@ -80,7 +80,6 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
         manifest = probe_source(source, source_kind(config.data, stream), kept=True)
         numbered = bool(config.head.classes) or are_numbers(classes)
         labels = class_numbers(manifest, source, classes, numbered=numbered)
-        check_held_out(manifest, config.data.backend)
         choice = view_backend(config, stream, manifest) if world.main else None
         name = world.broadcast(choice.name if choice else "")
         settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
@@ -90,10 +89,8 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
             manifest,
             classes,
             world,
-            clips=config.test.clips if stream == "clips" else 1,
-            crops=config.test.crops,
+            views=config.views,
             labels=labels,
-            heads=head_names(config) or ("",),
             orders=ORDERS if temporal else ("normal",),
             about={"recipe": config.recipe, "checkpoint": str(path), "files": source, "decoder": name},
         )
@@ -162,11 +159,11 @@ def predict(path: Path, file: Path, picture: Path, *, top: int) -> list[tuple[st
     that cannot be read, and as `restore`.
     """
     config = own_config(path)
-    model_ = replace(config.model, attention_impl="auto", linear_impl="auto")
-    config = replace(config, model=model_, data=replace(config.data, backend="auto", workers=0))
+    anywhere = replace(config.model, attention_impl="auto", linear_impl="auto")
+    config = replace(config, model=anywhere, data=replace(config.data, backend="auto", workers=0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, classes = restore(path, config, device)
-    stream = stream_of(config)
+    stream = config.stream
     kind = source_kind(config.data, stream)
     real = file.resolve()
     try:
@@ -181,9 +178,7 @@ def predict(path: Path, file: Path, picture: Path, *, top: int) -> list[tuple[st
     manifest = Manifest(kind, str(real.parent), (entry,))
     backend = view_backend(config, stream, manifest).name
     config = replace(config, data=replace(config.data, backend=cast(Any, backend)))
-    clips, crops = config.test.clips if stream == "clips" else 1, config.test.crops
-    world, heads = World(0, 1, device), head_names(config) or ("",)
-    found = classify(model, config, manifest, classes, world, clips=clips, crops=crops, heads=heads)
+    found = classify(model, config, manifest, classes, World(0, 1, device), views=config.views)
     likely = next(iter(found.values())).video_level()[0]
     (batch,) = view_batches(config, stream, manifest, [0], clips=1, crops=1, files=1)
     frames = batch.clips[0] if batch.clips is not None else batch.images  # of images (1, H, W, 3)

@@ -16,7 +16,6 @@ from bevt.data import DataError, augment
 from bevt.data.build import check_held_out, view_batches
 from bevt.data.entry import Entry
 from bevt.data.manifest import Manifest
-from bevt.data.sampling import Stream
 from bevt.evaluate.predictions import Predictions, merge
 from bevt.train.distributed import World
 from bevt.train.memory import advised, views_at_once
@@ -38,22 +37,19 @@ def classify(
     classes: Sequence[str],
     world: World,
     *,
-    clips: int,
-    crops: int,
+    views: tuple[int, int],
     labels: np.ndarray | None = None,
-    heads: Sequence[str] = ("",),
     orders: Sequence[Order] = ("normal",),
     about: dict[str, str] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, Order], Predictions]:
-    """The softmax outputs of every file's `clips` x `crops` views (`Sampler.grid`), by head and order of frames.
+    """The softmax outputs of every file's `views`, clips x crops (`Sampler.grid`), by head and order of frames.
 
     Process r of n takes the files r, r + n, ...: each file once, whatever n is; the first one returns all, the others
     nothing. As many views go through the model together as `config.test.memory` lets. Nothing is returned where
-    `stopped` says so.
-    Raises DataError, in all processes, that lists the files that cannot be read.
+    `stopped` says so. Raises DataError, in all processes, that lists the files that cannot be read.
     """
-    stream: Stream = "clips" if config.train.clips else "images"
+    (clips, crops), heads = views, config.head.names or ("",)
     check_held_out(manifest, config.data.backend)
     most = views_at_once(config, len(classes), world.device.type)
     files = max(1, most // (clips * crops))
@@ -63,19 +59,21 @@ def classify(
     was_training = model.training
     model.eval()
     try:
-        batches = view_batches(config, stream, manifest, numbers, clips=clips, crops=crops, files=files, labels=labels)
+        batches = view_batches(
+            config, config.stream, manifest, numbers, clips=clips, crops=crops, files=files, labels=labels
+        )
         with closing(batches):
             for i, batch in enumerate(batches):
                 if stopped():
                     break
-                pixels = getattr(batch.to(world.device), stream)
-                views = np.repeat(numbers[i * files : (i + 1) * files], clips * crops) * clips
-                views += np.tile(np.repeat(np.arange(clips), crops), len(views) // (clips * crops))
+                pixels = getattr(batch.to(world.device), config.stream)
+                clip_numbers = np.array(numbers[i * files : (i + 1) * files])[:, None] * clips + np.arange(clips)
+                seeds = clip_numbers.repeat(crops)  # a clip's, so of all its crops
                 for order in orders:
                     with advised("test.memory"):
                         outputs = [
                             _outputs(model, config, part, world.device)
-                            for part in reordered(pixels, order, views).split(most)
+                            for part in reordered(pixels, order, seeds).split(most)
                         ]
                     for head, values in zip(heads, torch.cat(outputs, dim=1).cpu().numpy()):
                         found[head, order].append(values)

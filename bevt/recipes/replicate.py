@@ -36,7 +36,7 @@ DATA = DataConfig(frames=8, stride=4, short_side=(64, 74), crop=64, flip=0.0, ji
 def replicate_image_stage() -> Config:
     """BEVT-I of `bevt replicate`.
 
-    Command: bevt replicate (which fills in data and tokenizer). Cost and result: see replication/README.md.
+    Command: bevt replicate (which fills in data and tokenizer). Cost and what was seen: LOG.md.
     """
     return Config(
         recipe="replicate_image_stage",
@@ -53,7 +53,7 @@ def replicate_image_stage() -> Config:
 def replicate_joint_stage() -> Config:
     """BEVT of `bevt replicate`; without images BEVT-V.
 
-    Command: bevt replicate. Cost and result: see replication/README.md.
+    Command: bevt replicate. Cost and what was seen: LOG.md.
     """
     base = replicate_image_stage()
     return replace(
@@ -68,7 +68,7 @@ def replicate_joint_stage() -> Config:
 def replicate_finetune() -> FinetuneConfig:
     """Finetuning of `bevt replicate`.
 
-    Command: bevt replicate. Cost and result: see replication/README.md.
+    Command: bevt replicate. Cost and what was seen: LOG.md.
     """
     return FinetuneConfig(
         recipe="replicate_finetune",
@@ -89,7 +89,7 @@ def replicate_finetune() -> FinetuneConfig:
 def replicate_image_supervised() -> FinetuneConfig:
     """The image-supervised start of `bevt replicate`: shapes of stills.
 
-    Command: bevt replicate. Cost and result: see replication/README.md.
+    Command: bevt replicate. Cost and what was seen: LOG.md.
     """
     base = replicate_finetune()
     return replace(
@@ -104,7 +104,7 @@ def replicate_image_supervised() -> FinetuneConfig:
 def replicate_image_contrastive() -> ContrastConfig:
     """The image-contrastive start of `bevt replicate`: MoBY on stills.
 
-    Command: bevt replicate. Cost and result: see replication/README.md.
+    Command: bevt replicate. Cost and what was seen: LOG.md.
     """
     base = replicate_image_stage()
     return ContrastConfig(

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bevt_kernels import NoImplementation
 from torch import Tensor, nn
-from torch.profiler import record_function
 
-from bevt.config import AnyConfig, ConfigError, ContrastConfig, check
+from bevt.config import AnyConfig, ContrastConfig, check
+from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.data.build import StepLoader
 from bevt.data.views import byol
 from bevt.models.moby import MoBY, key_momentum
 from bevt.train import memory
 from bevt.train.distributed import World
-from bevt.train.loop import RunResult, Task, run
+from bevt.train.loop import RunResult, Task, built, run
 from bevt.train.metrics import MetricsWriter, RunError
-from bevt.train.optim import build_optimizer, total_steps
-from bevt.train.step import Step, StepResult, autocast, drop_factors, sent
+from bevt.train.optim import build_optimizer
+from bevt.train.step import MeanStep, StepResult, drop_factors
 
 
 def contrast(
@@ -53,23 +52,18 @@ class Contrasting(Task):
     def explained(self) -> AbstractContextManager[None]:
         return memory.advised("train.micro_images")
 
-    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
-        self.steps = total_steps(self.config.optim, loader.steps_per_epoch)
+    def attach(self, loader: StepLoader, steps: int, stack: ExitStack) -> None:
+        self.steps = steps
 
     def build(self, *, fresh: bool) -> tuple[nn.Module, str]:
-        c, device, dtype = self.config, self.world.device, getattr(torch, self.config.train.precision)
-        try:
-            self.model = MoBY(
-                c.model,
-                queue=c.moby.queue,
-                temperature=c.moby.temperature,
-                processes=self.world.size,
-                device=device,
-                dtype=dtype,
-            )
-        except NoImplementation as error:
-            raise ConfigError(f"model: {error}") from error
-        return self.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32), ""
+        c, device = self.config, self.world.device
+        queue, temperature, processes = c.moby.queue, c.moby.temperature, self.world.size
+
+        def make(dtype: torch.dtype) -> MoBY:
+            return MoBY(c.model, queue=queue, temperature=temperature, processes=processes, device=device, dtype=dtype)
+
+        self.model = built(make, c, device)
+        return self.model, ""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.config.optim)
@@ -86,7 +80,7 @@ class Contrasting(Task):
         return {}
 
 
-class ContrastStep(Step):
+class ContrastStep(MeanStep):
     """Keys, forward and backward, update and queue of one step; of `inner` and, where it is wrapped, `model`.
 
     `start` and `steps`: the first step that is made, and the run's length, on which the keys' momentum depends.
@@ -108,43 +102,30 @@ class ContrastStep(Step):
         self.inner, self.at, self.steps = inner, start, steps
 
     def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
-        self.phases.mark("data")
-        share = 1 / len(batches)
         self.inner.update_keys(key_momentum(self.at, self.steps, self.config.moby.momentum))
-        sums: dict[str, Tensor] = {}
-        keys: list[Tensor] = []
-        for i, batch in enumerate(batches):
-            with record_function("bevt: augmentation"):
-                inputs = self.inputs(batch)
-            self.phases.mark("data")
-            with self.world.synchronising(self.model, last=i == len(batches) - 1):
-                with record_function("bevt: forward"), autocast(self.config, self.world.device):
-                    out = self.model(**inputs)
-                keys.append(out.pop("keys"))
-                self.phases.mark("head")
-                with record_function("bevt: backward"):
-                    (out["loss_images"] * share).backward()
-            self.phases.mark("encoder")
-            for name, value in {"loss": out["loss_images"], **out}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
-        with record_function("bevt: optimizer"):
-            result = self._update(lr, sums)
-            self.inner.enqueue(self.world.concatenate(torch.cat(keys, 1), 1), self.at)
-        self.at += 1
+        self.keys: list[Tensor] = []
+        result = super().__call__(lr, batches)
+        self.inner.enqueue(self.world.concatenate(torch.cat(self.keys, 1), 1), self.at)
         self.phases.mark("optimizer")
+        self.at += 1
         return result
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
+    def losses(self, outputs: dict[str, Tensor], targets: None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's; its keys are kept for the queue."""
+        self.keys.append(outputs.pop("keys"))
+        return outputs["loss_images"], {"loss": outputs["loss_images"], **outputs}
+
+    def inputs(self, batch: Batch) -> tuple[dict[str, Any], None]:
         """What the model takes: the first and second cuts, which lie in turn in the batch, and drop path's factors."""
         device = self.world.device
         images = cast(Tensor, batch.to(device).images)
         seeds = cast(Tensor, batch.image_seeds).numpy()
         drop: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.config.model.drop_path:
-            first, second = (sent(drop_factors(self.config.model, seeds[i::2]), device) for i in (0, 1))
+            first, second = (augment.sent(drop_factors(self.config.model, seeds[i::2]), device) for i in (0, 1))
             drop = first, second
-        return {
+        views = {
             "first": byol(images[::2], seeds[::2], second=False),
             "second": byol(images[1::2], seeds[1::2], second=True),
-            "drop": drop,
         }
+        return {**views, "drop": drop}, None

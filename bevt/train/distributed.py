@@ -59,6 +59,11 @@ class _Touch(torch.autograd.Function):
         return grad, *[None] * ctx.others
 
 
+def shard(tensor: Tensor) -> Tensor:
+    """What this process holds of it: of a sharded one its shard, else all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass(frozen=True)
 class World:
     """One process among all processes of the run."""
@@ -117,7 +122,7 @@ class World:
         """(gradients,) their norms, whole also where each process has a shard."""
         if not isinstance(gradients[0], DTensor):
             return torch.stack(torch._foreach_norm(gradients))
-        local = torch.stack(torch._foreach_norm([cast(DTensor, g).to_local() for g in gradients])).double() ** 2
+        local = torch.stack(torch._foreach_norm(list(map(shard, gradients)))).double() ** 2
         dist.all_reduce(local)
         return local.sqrt().to(gradients[0].dtype)
 

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bevt_kernels import NoImplementation
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bevt.config import AnyConfig, ConfigError, FinetuneConfig, check, from_dict
+from bevt.config import AnyConfig, FinetuneConfig, check, from_dict
 from bevt.data.build import StepLoader, source_kind
 from bevt.data.classes import are_numbers, class_numbers, found_classes, read_classes, without_files
 from bevt.data.manifest import Manifest, probe_source
-from bevt.data.sampling import Stream
 from bevt.models import names, weights
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.models.probes import Probes
 from bevt.train import checkpoint, memory
 from bevt.train.classify import ClassStep
 from bevt.train.distributed import World
-from bevt.train.loop import RunResult, Stop, Task, run
+from bevt.train.loop import RunResult, Stop, Task, built, run
 from bevt.train.metrics import MetricsWriter, RunError
 from bevt.train.optim import Rule, build_optimizer, finetuning_rule, undecayed
 from bevt.train.step import Step
@@ -41,18 +39,13 @@ def finetune(
     return run(Finetuning(config), out, resume=resume, quiet=quiet, profile=profile)
 
 
-def stream_of(config: FinetuneConfig) -> Stream:
-    """What is classified."""
-    return "clips" if config.train.clips else "images"
-
-
 class Finetuning(Task):
     """`Task` of a `FinetuneConfig`."""
 
     config: FinetuneConfig
 
     def __init__(self, config: FinetuneConfig) -> None:
-        self.config, self.stream = config, stream_of(config)
+        self.config, self.stream = config, config.stream
         self.average: dict[str, Tensor] = {}
         self.said: list[str] = []
 
@@ -99,7 +92,7 @@ class Finetuning(Task):
             named = [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
             self.average = {f"average.{name}": p.detach().clone() for name, p in named if p.requires_grad}
         return ClassStep(
-            model, optimizer, self.config, self.world, len(self.classes), head_names(self.config), self.average
+            model, optimizer, self.config, self.world, len(self.classes), self.config.head.names, self.average
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -115,10 +108,10 @@ class Finetuning(Task):
     def plain(self) -> dict[str, Any]:
         return {"classes": list(self.classes)}
 
-    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
+    def attach(self, loader: StepLoader, steps: int, stack: ExitStack) -> None:
         self.steps_between = loader.steps_per_epoch * self.config.train.eval_every
 
-    def due(self, step: int, steps: int) -> bool:
+    def due(self, step: int) -> bool:
         passed, before = (int(at / self.steps_between + 1e-9) for at in (step, step - 1))
         return bool(getattr(self.config.data, f"val_{self.stream}")) and passed > before
 
@@ -140,17 +133,14 @@ class Finetuning(Task):
         from bevt.evaluate.classification import classify
         from bevt.evaluate.scores import scores
 
-        heads = head_names(config)
         found = classify(
             self._whole(model),
             config,
             self.held_out,
             self.classes,
             self.world,
-            clips=1,
-            crops=1,
+            views=(1, 1),
             labels=self.held_out_labels,
-            heads=heads or ("",),
             stopped=stopped,
         )
         out: dict[str, float] = {}
@@ -173,11 +163,6 @@ class Finetuning(Task):
         return whole
 
 
-def head_names(config: FinetuneConfig) -> tuple[str, ...]:
-    """One a probe: its kind and its share of the learning rate."""
-    return tuple(f"{kind} {rate:g}" for kind in config.head.probes for rate in config.head.probe_lrs)
-
-
 def rule_of(config: FinetuneConfig) -> Callable[[str], Rule]:
     """The rates and decays of the parameters of the configuration's model, by name."""
     return _probing_rule(config) if config.head.probes else finetuning_rule(config.optim, config.model)
@@ -194,7 +179,7 @@ def rates(config: FinetuneConfig, classes: int) -> dict[str, Rule]:
 
 def as_if_trained(config: FinetuneConfig) -> FinetuneConfig:
     """`config` for `check` where nothing is trained, and so no training files are named."""
-    stream = stream_of(config)
+    stream = config.stream
     source: Any = {stream: getattr(config.data, stream) or "none"}
     return replace(config, data=replace(config.data, **source))
 
@@ -211,15 +196,13 @@ def build_classifier(config: FinetuneConfig, classes: int, device: torch.device)
 
     Raises ConfigError where an implementation that the configuration names cannot serve.
     """
-    dtype = getattr(torch, config.train.precision)
-    try:
-        model: nn.Module = VideoSwinClassifier(config.model, classes, stream_of(config), device=device, dtype=dtype)
-    except NoImplementation as error:
-        raise ConfigError(f"model: {error}") from error
-    if config.head.probes:
+
+    def make(dtype: torch.dtype) -> nn.Module:
+        model = VideoSwinClassifier(config.model, classes, config.stream, device=device, dtype=dtype)
         kinds = [kind for kind in config.head.probes for _ in config.head.probe_lrs]
-        model = Probes(cast(VideoSwinClassifier, model), kinds)
-    return model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        return Probes(model, kinds) if kinds else model
+
+    return built(make, config, device)
 
 
 def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
@@ -231,7 +214,7 @@ def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
     source = read_weights(path)
     try:
         norm = config.model.quirks == "official" or not source.masked
-        return f"{source.what}: {weights.start(model, source, config.model.window_size, stream_of(config), norm=norm)}"
+        return f"{source.what}: {weights.start(model, source, config.model.window_size, config.stream, norm=norm)}"
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
 
@@ -269,7 +252,7 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
                 f"{path}: its head has {count} classes, {config.head.classes} names {len(classes)}"
             )
         model = build_classifier(config, count, device)
-        weights.start(model, source, config.model.window_size, stream_of(config), norm=True, head=True)
+        weights.start(model, source, config.model.window_size, config.stream, norm=True, head=True)
         return model, classes
     saved = checkpoint.load(path, optimizer=False)
     _of_classes(path, saved)

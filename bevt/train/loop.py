@@ -11,16 +11,16 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from bevt_kernels import Spec
+from bevt_kernels import NoImplementation, Spec
 from bevt_kernels.baselines.common import compile_reasons
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ from bevt.train.metrics import BadFiles, Display, Meter, MetricsWriter, RunError
 from bevt.train.optim import learning_rate, total_steps
 from bevt.train.profile import STEPS, Profile
 from bevt.train.step import Step
+
+M = TypeVar("M", bound=nn.Module)
 
 FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
@@ -71,7 +73,7 @@ class RunResult:
 
 
 class Task:
-    """What a run trains. The loop calls the methods in their order here; all but `plain` in every process."""
+    """What a run trains. The loop calls the methods in about this order, in every process."""
 
     config: AnyConfig
     labels: np.ndarray | None = None
@@ -86,8 +88,8 @@ class Task:
     def look(self, saved: dict[str, Any] | None) -> None:
         """What the files' manifests, which are there now, have to say."""
 
-    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
-        """The data is open; `stack` ends with the run."""
+    def attach(self, loader: StepLoader, steps: int, stack: ExitStack) -> None:
+        """The data is open, and so the run's length known; `stack` ends with the run."""
 
     def build(self, *, fresh: bool) -> tuple[nn.Module, str]:
         """The model, from `config.init` where the run is `fresh`; and what to tell of that."""
@@ -128,7 +130,7 @@ class Task:
         """What a checkpoint's `state.json` says of the task."""
         raise NotImplementedError
 
-    def due(self, step: int, steps: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether an evaluation comes after this step, which is not the last one."""
         return False
 
@@ -189,8 +191,8 @@ def _train(
     bad_files = BadFiles(out, world)
     loader = _build_loader(task, world, prefer=saved["implementations"].get("decoding", "") if saved else "")
     stack.callback(loader.close)
-    task.attach(loader, stack)
     steps = total_steps(config.optim, loader.steps_per_epoch)
+    task.attach(loader, steps, stack)
     if profiled and steps - start < STEPS:
         raise RunError(
             f"--profile takes {STEPS} steps, and this run has {max(steps - start, 0)} left: leave it out, or start a "
@@ -266,7 +268,7 @@ def _train(
     meter.start()
     train_step.phases.start()
     while step < steps and not world.any(stop.requested):
-        if step and task.due(step, steps):  # here, and not after the step, so that a resumed run makes it too
+        if step and task.due(step):  # here, and not after the step, so that a resumed run makes it too
             with meter.paused(train_step.phases):
                 evaluation = task.evaluate(model, loader.config, stop)
             if world.any(stop.requested):
@@ -341,6 +343,18 @@ def _build_loader(task: Task, world: World, prefer: str) -> StepLoader:
         return loader
     settled = replace(config, data=replace(config.data, backend=cast(Any, name)))
     return build_loader(settled, rank=world.rank, world_size=world.size, kept=True, labels=task.labels)
+
+
+def built(make: Callable[[torch.dtype], M], config: AnyConfig, device: torch.device) -> M:
+    """The model that `make` makes for products in the run's precision, on `device` and in its parameters' type.
+
+    Raises ConfigError where an implementation that the configuration names cannot serve.
+    """
+    dtype = getattr(torch, config.train.precision)
+    try:
+        return make(dtype).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    except NoImplementation as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def _compile(config: AnyConfig, model: nn.Module, device: torch.device) -> str:

@@ -269,11 +269,11 @@ def views_at_once(config: FinetuneConfig, classes: int, device: str) -> int:
 
 def _forward_peak(config: FinetuneConfig, classes: int, views: int, device: str) -> int:
     """Bytes that a forward pass of so many views holds at the most, pixels included."""
-    d, clips = config.data, bool(config.train.clips)
+    d, clips = config.data, config.stream == "clips"
     model = plain(config.model) if device != "cpu" else config.model
     dtype = getattr(torch, config.train.precision)
     with torch.device("meta"):
-        classifier = VideoSwinClassifier(model, classes, "clips" if clips else "images", dtype=dtype)
+        classifier = VideoSwinClassifier(model, classes, config.stream, dtype=dtype)
     live = _Live(plain=device == "cpu" or config.model.attention_impl == "reference")
     with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad():
         faked(classifier.to(torch.float64) if dtype == torch.float64 else classifier)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bevt_kernels import NoImplementation
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from bevt import tokenizers
 from bevt.budget import step_flop
-from bevt.config import AnyConfig, Config, ConfigError, check, tokenizer_settings
+from bevt.config import AnyConfig, Config, check, tokenizer_settings
 from bevt.data.build import StepLoader
 from bevt.models import weights
 from bevt.models.bevt import BEVT, Stream
@@ -22,7 +21,7 @@ from bevt.models.reference import ReferenceBEVT
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint, memory
 from bevt.train.distributed import World
-from bevt.train.loop import RunResult, Task, run
+from bevt.train.loop import RunResult, Task, built, run
 from bevt.train.metrics import MetricsWriter, RunError
 from bevt.train.optim import build_optimizer
 from bevt.train.step import TrainStep
@@ -61,7 +60,7 @@ class Pretraining(Task):
                 "give the run's own with --tokenizer.path"
             )
 
-    def attach(self, loader: StepLoader, stack: ExitStack) -> None:
+    def attach(self, loader: StepLoader, steps: int, stack: ExitStack) -> None:
         if self.config.tokenizer.cache:
             views: dict[str, tuple[dict[str, Any], int]] = {
                 stream: (loader.views(stream), slots) for stream, slots in loader.slots.items()
@@ -146,13 +145,8 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
         streams.append("clips")
     if config.train.images:
         streams.append("images")
-    dtype = getattr(torch, config.train.precision)
     kind = ReferenceBEVT if config.path == "reference" else BEVT
-    try:
-        model = kind(config.model, vocab_size, streams, device=device, dtype=dtype)
-        return model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    except NoImplementation as error:
-        raise ConfigError(f"model: {error}") from error
+    return built(lambda dtype: kind(config.model, vocab_size, streams, device=device, dtype=dtype), config, device)
 
 
 def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:

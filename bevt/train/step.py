@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,9 @@ def masked_inputs(
     if cache is not None:
         cache.add({stream: found.records[~found.known] for stream, found in held.items()}, new)
         for stream, found in held.items():
-            codes[stream].index_copy_(0, sent(needed[stream][found.known], device), sent(found.codes, device))
+            codes[stream].index_copy_(
+                0, augment.sent(needed[stream][found.known], device), augment.sent(found.codes, device)
+            )
     if batch.clips is not None and batch.clip_masks is not None:
         clips, mask = batch.clips, batch.clip_masks
         slots = PATCH[0] * slots_for(config.clip_mask, mask, device)
@@ -77,7 +79,7 @@ def _codes(
     frames: dict[str, Tensor], chosen: dict[str, np.ndarray], tokenizer: Tokenizer, view: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Codes (N, h, w) of each stream's frames (N, H, W, 3), tokenised together, only where chosen; and those alone."""
-    index = {stream: sent(numbers, frames[stream].device) for stream, numbers in chosen.items()}
+    index = {stream: augment.sent(numbers, frames[stream].device) for stream, numbers in chosen.items()}
     views = torch.cat([frames[stream].index_select(0, numbers) for stream, numbers in index.items()])
     new = tokenizer.encode(augment.tokenizer_view(views, view))
     parts = new.split([len(numbers) for numbers in index.values()])
@@ -109,12 +111,6 @@ def _frames(mask: Tensor, everything: bool) -> np.ndarray:
     if mask.ndim == 4:  # a step of a clip's mask is PATCH[0] frames
         used = used.repeat(PATCH[0], 1).reshape(-1)
     return used.nonzero()[0]
-
-
-def sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """On its way to `device`, which nobody waits for."""
-    host = torch.from_numpy(values)
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 _DROP_PATH = 2**32
@@ -186,6 +182,41 @@ class Step:
     def _clear(self, grads: list[Tensor]) -> None:
         for p in self.parameters:
             p.grad = None
+
+
+class MeanStep(Step):
+    """A step whose loss is the mean of those of its micro-batches, which are equally large."""
+
+    def inputs(self, batch: Batch) -> tuple[dict[str, Any], Any]:
+        """What the model takes, and what `losses` needs besides."""
+        raise NotImplementedError
+
+    def losses(self, outputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the scalars that are logged, `loss` among them."""
+        raise NotImplementedError
+
+    def __call__(self, lr: float, batches: Sequence[Batch]) -> StepResult:
+        self.phases.mark("data")
+        share = 1 / len(batches)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            with record_function("bevt: augmentation"):
+                inputs, targets = self.inputs(batch)
+            self.phases.mark("data")
+            with self.world.synchronising(self.model, last=i == len(batches) - 1):
+                with record_function("bevt: forward"), autocast(self.config, self.world.device):
+                    outputs = self.model(**inputs)
+                loss, values = self.losses(outputs, targets)
+                self.phases.mark("head")
+                with record_function("bevt: backward"):
+                    (loss * share).backward()
+            self.phases.mark("encoder")
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
+        with record_function("bevt: optimizer"):
+            result = self._update(lr, sums)
+        self.phases.mark("optimizer")
+        return result
 
 
 class TrainStep(Step):
@@ -270,14 +301,14 @@ class TrainStep(Step):
         counts = np.array(
             [[getattr(batch, f"{stream[:-1]}_masks").numpy().sum() for stream in self.streams] for batch in batches]
         )
-        own = sent(counts.astype(np.float64), self.world.device)
+        own = augment.sent(counts.astype(np.float64), self.world.device)
         return own / self.world.mean(own.sum(0)).clamp(min=1 / self.world.size)
 
     def _dropped(self, inputs: MaskedInput, seeds: Tensor | None) -> MaskedInput:
         """`inputs` with drop path's factors, where there are any."""
         if seeds is None or self.config.model.drop_path == 0:
             return inputs
-        return replace(inputs, drop=sent(drop_factors(self.config.model, seeds.numpy()), self.world.device))
+        return replace(inputs, drop=augment.sent(drop_factors(self.config.model, seeds.numpy()), self.world.device))
 
     def _clear(self, grads: list[Tensor]) -> None:
         if self.config.train.cuda_graphs:

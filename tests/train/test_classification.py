@@ -70,12 +70,9 @@ def slow(config: FinetuneConfig, model: torch.nn.Module, frames: str = "normal")
 
 def predicted(config: FinetuneConfig, model: torch.nn.Module, **options: object) -> dict[str, Predictions]:
     manifest = index(config.data.val_clips, "clips")
-    views = {
-        "clips": config.test.clips,
-        "crops": config.test.crops,
-        "labels": class_numbers(manifest, "list", CLASSES, numbered=True),
-    }
-    found = classify(model, config, manifest, CLASSES, ALONE, **{**views, **options})  # type: ignore[arg-type]
+    labels = class_numbers(manifest, "list", CLASSES, numbered=True)
+    given = {"views": config.views, "labels": labels, **options}
+    found = classify(model, config, manifest, CLASSES, ALONE, **given)  # type: ignore[arg-type]
     return {order: predictions for (_, order), predictions in found.items()}
 
 

@@ -233,12 +233,12 @@ def test_inputs_of_a_step(contrasted: ContrastConfig) -> None:
     step = task.step(model, task.optimizer(model))
     batch = batch_of(3)
     assert batch.images is not None
-    given = step.inputs(batch)
+    given, _ = step.inputs(batch)
     assert torch.equal(given["first"], byol(batch.images[[0, 2]], np.array([30, 32]), second=False))
     assert torch.equal(given["second"], byol(batch.images[[1, 3]], np.array([31, 33]), second=True))
     first, second = given["drop"]
     assert first.shape == second.shape == (5, 2, 2)
-    swapped = step.inputs(replace(batch, image_seeds=torch.tensor([31, 30, 33, 32])))["drop"]
+    swapped = step.inputs(replace(batch, image_seeds=torch.tensor([31, 30, 33, 32])))[0]["drop"]
     assert torch.equal(swapped[0], second)
     assert torch.equal(swapped[1], first)
 

@@ -320,7 +320,7 @@ def test_every_case_is_in_a_part(where: str) -> None:
     assert {part.op for part in PARTS[where]} - set(OPS) <= set(suite.COMMANDS)
 
 
-def test_a_gpu_run_is_planned_for_eight_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_gpu_run_is_planned_for_ten_minutes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """By its own estimates every part begins, whatever a part may take beyond."""
     now = [0.0]
 

@@ -84,7 +84,7 @@ def test_error_is_within_budget(case: LossCase, target: Target, dtype: torch.dty
 @pytest.mark.parametrize(
     ("target", "dtype"), [t.param(dtype) for t in TARGETS for dtype in t.dtypes[: 1 if t == REFERENCE else 2]]
 )
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60 if torch.cuda.is_available() else 200))  # a GPU's are compiled
 def test_error_is_within_budget_on_random_cases(seed: int, target: Target, dtype: torch.dtype) -> None:
     case = random_loss_case(seed, products=2**12 if target.interpreted else 2**21)
     assert_case_within_budget(case, target, dtype, seed)
@@ -212,15 +212,17 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(target: Target) -> None:
 
 
 def test_strided_inputs(target: Target) -> None:
-    hidden, weight, bias, targets, index, grad = SMALL.inputs(target.dtype, device=target.device)
-    expected = run(cross_entropy(target), hidden, weight, bias, targets, index, grad)
-    strided = (hidden.t().contiguous().t(), weight.t().contiguous().t(), *(x.repeat_interleave(2)[::2] for x in
-               (bias, targets, index)))  # fmt: skip
-    got = run(cross_entropy(target), *strided, grad)
-    eager, oracle = (run(eager_masked_linear_cross_entropy, *x, grad) for x in (strided, double(strided)))
+    draws = []
+    for seed in range(16):  # of one alone, eager's error may be near 0 by luck
+        hidden, weight, bias, targets, index, grad = SMALL.inputs(target.dtype, seed, target.device)
+        expected = run(cross_entropy(target), hidden, weight, bias, targets, index, grad)
+        strided = (hidden.t().contiguous().t(), weight.t().contiguous().t(), *(x.repeat_interleave(2)[::2] for x in
+                   (bias, targets, index)))  # fmt: skip
+        got = run(cross_entropy(target), *strided, grad)
+        assert [got[name].shape for name in NAMES] == [expected[name].shape for name in NAMES]
+        draws.append((got, *(run(eager_masked_linear_cross_entropy, *x, grad) for x in (strided, double(strided)))))
     for name in NAMES:
-        assert got[name].shape == expected[name].shape
-        assert_within_budget(got[name], eager[name], oracle[name], name)
+        assert_within_budget(*(torch.stack([x[name] for x in each]) for each in zip(*draws)), name)
 
 
 def test_float32_weight_beside_low_precision_rows_keeps_its_gradient(target: Target) -> None:
@@ -238,10 +240,11 @@ def test_half_gradients_are_scaled_by_a_float32_factor(target: Target) -> None:
     """And rounded once: a factor in bfloat16 is off by up to 2^-9, which every number of the gradient would share."""
     *inputs, _ = LossCase(300, 8, 4, 3, 3).inputs(target.dtypes[1], 7, target.device)
     kept = OPS.masked_linear_cross_entropy_forward(*inputs, [True, False, False], target.impl)[2]
-    grad = torch.tensor(1.7, device=target.device)
+    grad, used = torch.tensor(1.7, device=target.device), torch.tensor(3, device=target.device)
     got = run(cross_entropy(target), *inputs, grad)["grad hidden"]
     assert kept.any()
-    assert torch.equal(got, (kept.float() * (grad / 3)).to(kept.dtype))
+    # Not `/ 3`: by a Python number CUDA divides as times its reciprocal, which is another float32.
+    assert torch.equal(got, (kept.float() * (grad / used)).to(kept.dtype))
 
 
 def test_autocast_casts_the_rows_as_a_linear_layer_would() -> None:
@@ -308,8 +311,12 @@ def test_compiled_equals_eager_and_masks_do_not_recompile(target: Target, backen
         leaves = [t.requires_grad_() for t in inputs[:3]]
         loss, accuracy = compiled(*inputs)
         got = (loss.detach(), accuracy, *torch.autograd.grad(loss, leaves, grad))
+        eager, oracle = (run(eager_masked_linear_cross_entropy, *x, grad) for x in (inputs, double(inputs)))
         for value, (name, expected) in zip(got, run(cross_entropy(target), *inputs, grad).items()):
-            assert torch.equal(value, expected), f"{slots} slots: {name}"
+            if backend == "inductor" and target.device == "cuda":  # it divides by other instructions
+                assert_within_budget(value, eager[name], oracle[name], f"{slots} slots: {name}", times=3)
+            else:
+                assert torch.equal(value, expected), f"{slots} slots: {name}"
     assert compiles == 1
 
 

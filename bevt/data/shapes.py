@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -48,12 +47,6 @@ COLOURS = {
     "grey": (128, 128, 132),
     "white": (236, 234, 228),
 }
-
-Style = Literal["textured", "plain"]
-"""`plain`: bright shapes without texture on two dark backgrounds, in the six motions that have a direction."""
-
-DIRECTED = MOTIONS[:6]
-BRIGHT = ("orange", "yellow", "sky", "pink", "white")
 
 _SINE = np.array([round(1024 * math.sin(2 * math.pi * i / 256)) for i in range(256)])
 _Y, _X = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.int32) * 16 + 8  # centres of pixels
@@ -100,11 +93,9 @@ class Scene:
     objects: tuple[Object, ...]
 
 
-def scene(seed: int, split: str, index: int, *, still: bool, style: Style = "textured") -> Scene:
+def scene(seed: int, split: str, index: int, *, still: bool) -> Scene:
     """The scene of one file: a pure function of its arguments. Motions and shapes come up equally often."""
-    words = [VERSION, seed, ("train", "val").index(split), int(still), index]
-    if style == "plain":
-        words.append(1)
+    words = (VERSION, seed, ("train", "val").index(split), int(still), index)
     raw = iter(np.random.PCG64(np.random.SeedSequence(words)).random_raw(64).tolist())
 
     def draw(low: int, high: int) -> int:
@@ -118,19 +109,14 @@ def scene(seed: int, split: str, index: int, *, still: bool, style: Style = "tex
     first = draw(0, len(names) - 1)
     # The gradient's other end is a neighbour in the palette: 12 hues, not 144 pairs.
     background, colours = pick(BACKGROUNDS), (names[first], names[(first + 1) % len(names)])
-    if style == "plain":
-        background, colours = "horizontal", (("blue", "violet"), ("violet", "blue"))[first % 2]
-    motions = MOTIONS if style == "textured" else DIRECTED
     objects = []
-    for _ in range(draw(1, 3) if still and style == "textured" else 1):
-        motion = motions[index % len(motions)]
-        texture = pick(TEXTURES) if style == "textured" else "plain"
-        shape = SHAPES[(index // len(motions)) % len(SHAPES)] if style == "plain" or not still else pick(SHAPES)
+    for _ in range(draw(1, 3) if still else 1):
+        motion = MOTIONS[index % len(MOTIONS)]
+        texture = pick(TEXTURES)
+        shape = SHAPES[(index // len(MOTIONS)) % len(SHAPES)] if not still else pick(SHAPES)
         if motion == "spin":  # a plain disc would not show it
             shape, texture = ("square" if shape in ("disc", "ring") else shape), ("stripes", "checks")[draw(0, 1)]
         colour = names[(first + draw(3, len(names) - 2)) % len(names)]  # never one of the background's
-        if style == "plain":
-            colour = pick(BRIGHT)
         reach = (480, 400) if still else (160, 128)
         objects.append(
             Object(
@@ -140,7 +126,7 @@ def scene(seed: int, split: str, index: int, *, still: bool, style: Style = "tex
                 "still" if still else motion,
                 x=WIDTH * 8 + draw(-reach[0], reach[0]),
                 y=HEIGHT * 8 + draw(-reach[1], reach[1]),
-                radius=draw(180, 350) if style == "textured" else draw(250, 380),
+                radius=draw(180, 350),
                 angle=draw(0, 255),
                 speed=draw(18, 44),
             )
@@ -167,7 +153,6 @@ def ensure(
     val_clips: int = 40,
     train_images: int = 600,
     val_images: int = 100,
-    style: Style = "textured",
     progress: Callable[[int, int], None] | None = None,
 ) -> ShapesPaths:
     """The dataset under `root`, rendered and encoded where it is not there yet, on every core.
@@ -182,8 +167,7 @@ def ensure(
         "train_images": train_images,
         "val_images": val_images,
     }
-    name = "shapes" if style == "textured" else f"{style}-shapes"
-    folder = Path(root) / f"{name}-v{VERSION}-{seed}-{'-'.join(map(str, counts.values()))}"
+    folder = Path(root) / f"shapes-v{VERSION}-{seed}-{'-'.join(map(str, counts.values()))}"
     paths = ShapesPaths(*(str(folder / name) for name in (*counts, "labels.csv")))
     stamp = folder / "complete.json"
     if stamp.exists():
@@ -195,7 +179,7 @@ def ensure(
         for i in range(count):
             suffix = ".jpg" if kind == "images" else (".mp4", ".webm")[i % 2]
             path = folder / name / f"{i:04d}{suffix}"
-            what = scene(seed, split, i, still=kind == "images", style=style)
+            what = scene(seed, split, i, still=kind == "images")
             rows.append([f"{name}/{path.name}", split, *_labels(what)])
             if not path.exists():
                 jobs.append((path, what))

@@ -9,16 +9,13 @@ from dataclasses import replace
 
 from bevt.config import (
     AugmentConfig,
-    BatchConfig,
     Config,
-    ContrastConfig,
     DataConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneTrainConfig,
     HeadConfig,
     MaskConfig,
-    MoBYConfig,
     ModelConfig,
     OptimConfig,
     TestConfig,
@@ -45,7 +42,7 @@ def replicate_image_stage() -> Config:
         image_mask=MaskConfig(kind="block", min_block=4),
         clip_mask=MaskConfig(kind="tube", min_block=4),
         data=DATA,
-        optim=OptimConfig(lr=5e-4, clip_grad=1.0, max_steps=1200, epochs=1, warmup_epochs=0.1),
+        optim=OptimConfig(lr=5e-4, clip_grad=1.0, max_steps=2000, epochs=1, warmup_epochs=0.1),
         train=TrainConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
     )
 
@@ -60,7 +57,7 @@ def replicate_joint_stage() -> Config:
         base,
         recipe="replicate_joint_stage",
         model=CLIPS,
-        optim=replace(base.optim, max_steps=2000),
+        optim=replace(base.optim, max_steps=3000),
         train=replace(base.train, clips=8, images=16, micro_clips=8, micro_images=16),
     )
 
@@ -77,41 +74,10 @@ def replicate_finetune() -> FinetuneConfig:
         data=replace(DATA, short_side=(64, 68)),
         augment=AugmentConfig(label_smoothing=0.1),
         optim=FinetuneOptimConfig(
-            lr=5e-4, weight_decay=0.05, clip_grad=5.0, max_steps=400, epochs=1, warmup_epochs=0.1
+            lr=2e-3, weight_decay=0.05, clip_grad=5.0, max_steps=100, epochs=1, warmup_epochs=0.5
         ),
         train=FinetuneTrainConfig(
-            clips=8, images=0, micro_clips=8, precision="float32", eval_every=1, checkpoint_every=100, keep=1
+            clips=32, images=0, micro_clips=32, precision="float32", eval_every=100, checkpoint_every=100, keep=1
         ),
         test=TestConfig(clips=1, crops=1),
-    )
-
-
-def replicate_image_supervised() -> FinetuneConfig:
-    """The image-supervised start of `bevt replicate`: shapes of stills.
-
-    Command: bevt replicate. Cost and what was seen: LOG.md.
-    """
-    base = replicate_finetune()
-    return replace(
-        base,
-        recipe="replicate_image_supervised",
-        model=IMAGES,
-        optim=replace(base.optim, max_steps=1200),
-        train=replace(base.train, clips=0, images=32, micro_images=32),
-    )
-
-
-def replicate_image_contrastive() -> ContrastConfig:
-    """The image-contrastive start of `bevt replicate`: MoBY on stills.
-
-    Command: bevt replicate. Cost and what was seen: LOG.md.
-    """
-    base = replicate_image_stage()
-    return ContrastConfig(
-        recipe="replicate_image_contrastive",
-        model=IMAGES,
-        moby=MoBYConfig(queue=512),
-        data=replace(DATA, crop_area=(0.3, 1.0)),
-        optim=replace(base.optim, clip_grad=5.0),
-        train=BatchConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
     )

@@ -198,8 +198,8 @@ class DemoArgs:
 
 @dataclass(frozen=True)
 class ReplicateArgs:
-    """Pretrain in all the paper's ways, finetune, test, on the embedded dataset, and write a report beside the paper's
-    tables. Exit status 0: the report is written, whatever it says.
+    """Pretrain as BEVT, by its parts and with other masks, finetune and test on the embedded dataset, and write a
+    report beside the paper's tables. Exit status 0: the report is written, whatever it says.
     """
 
     out: Path = Path("runs/replicate")

@@ -2,8 +2,8 @@
 
 Every training is a command of `bevt`, run on one thread, as many at a time as there are cores; what an earlier call has
 finished is kept. Encoders that start in several ways are finetuned on two labellings of the same clips, "what" (the
-background: one frame tells) and "how" (the motion: direction and order tell), and tested with their frames in order,
-one frame repeated, shuffled, and reversed.
+background, which one frame tells) and "how" (the motion, which none does), and tested with their frames in order, one
+frame repeated, shuffled, and reversed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
 import platform
 import shlex
 import statistics
@@ -18,21 +19,24 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import bevt
-from bevt.config import TrainConfig
+from bevt.config import TrainConfig, to_dict
 from bevt.data import shapes
 from bevt.data.processes import cores, pool
 from bevt.evaluate.classification import ORDERS
 from bevt.pictures.replication import bars
-from bevt.recipes.replicate import replicate_joint_stage
+from bevt.recipes.replicate import replicate_finetune, replicate_image_stage, replicate_joint_stage
 from bevt.tokenizers.vq import VQConfig
+from bevt.train.loop import hold
 from bevt.train.metrics import RunError
 from bevt.train.tokenizer import fit_tokenizer
 
@@ -40,7 +44,7 @@ LABELLINGS = {"what": ("background", shapes.BACKGROUNDS), "how": ("motion", shap
 """Column of the dataset's labels, whose last word is the class, and the classes."""
 
 COUNTS = {"train_clips": 540, "val_clips": 162, "train_images": 1080, "val_images": 162}
-"""Multiples of 54: every motion with every shape, equally often."""
+"""Of clips multiples of 54, of motions times shapes: each motion equally often. Backgrounds are drawn at random."""
 
 PAPER_TIME = {
     "K400": "80.6 | 65.3 | 77.8",
@@ -49,41 +53,38 @@ PAPER_TIME = {
 }
 """Table 2: in order, one frame, shuffled."""
 
-MASKS = {
-    "random_3d": ("Random-3D", 59.1, 67.4),
-    "frame_diff": ("Frame-Diff", 62.9, 70.6),
-    "random_frame": ("Random-Frame", 62.6, 70.9),
-}
-"""Table 9: title, SSv2, K400; the tube's are 63.3 and 71.6."""
-
 
 @dataclass(frozen=True)
 class Start:
     """A way in which an encoder starts."""
 
     title: str
-    paper: tuple[float, float, float] | None
-    """Top-1 of the paper with such a start: SSv2, Diving48, K400."""
+    paper: tuple[float, ...] | None
+    """Top-1 of the paper with such a start: SSv2, Diving48, K400; for a mask SSv2, K400."""
     recipe: str = ""
-    """What trains it; empty: random weights."""
-    flags: str = ""
+    """What pretrains it; empty: random weights."""
     init: str = ""
     """The start that it goes on from."""
+    images: bool = True
+    """Whether it learns from stills too."""
+    mask: str = "tube"
 
 
 STARTS = {
     "random": Start("random", None),
     "bevt_i": Start("BEVT-I", (69.2, 81.2, 80.5), "replicate_image_stage"),
-    "bevt_v_scratch": Start("BEVT-V from scratch", (67.1, 83.7, 76.2), "replicate_joint_stage", "--train.images 0"),
-    "bevt_v": Start("BEVT-V from BEVT-I", (70.0, 85.2, 79.6), "replicate_joint_stage", "--train.images 0", "bevt_i"),
+    "bevt_v_scratch": Start("BEVT-V from scratch", (67.1, 83.7, 76.2), "replicate_joint_stage", images=False),
+    "bevt_v": Start("BEVT-V from BEVT-I", (70.0, 85.2, 79.6), "replicate_joint_stage", "bevt_i", images=False),
     "bevt_scratch": Start("BEVT from scratch", (67.9, 85.1, 78.5), "replicate_joint_stage"),
-    "bevt": Start("BEVT from BEVT-I", (70.6, 86.7, 80.6), "replicate_joint_stage", "", "bevt_i"),
-    "random_3d": Start("mask Random-3D", None, "replicate_joint_stage", "--clip-mask.kind random_3d", "bevt_i"),
-    "frame_diff": Start("mask Frame-Diff", None, "replicate_joint_stage", "--clip-mask.kind frame_diff", "bevt_i"),
-    "random_frame": Start(
-        "mask Random-Frame", None, "replicate_joint_stage", "--clip-mask.kind random_frame", "bevt_i"
-    ),
+    "bevt": Start("BEVT from BEVT-I", (70.6, 86.7, 80.6), "replicate_joint_stage", "bevt_i"),
 }
+
+MASKS = {
+    "random_3d": Start("Random-3D", (59.1, 67.4), "replicate_joint_stage", "bevt_i", mask="random_3d"),
+    "frame_diff": Start("Frame-Diff", (62.9, 70.6), "replicate_joint_stage", "bevt_i", mask="frame_diff"),
+    "random_frame": Start("Random-Frame", (62.6, 70.9), "replicate_joint_stage", "bevt_i", mask="random_frame"),
+}
+"""BEVT from BEVT-I with other masks than the tube's (Table 9, Swin-T), whose top-1 are 63.3 and 71.6."""
 
 
 def labellings(start: str) -> tuple[str, ...]:
@@ -106,32 +107,29 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
     folder = Path(data.labels).parent
     pretraining: list[Job] = []
     tuning: list[Job] = []
-    for name, start in STARTS.items():
+    starts = {**STARTS, **MASKS}
+    for name, start in starts.items():
         if not start.recipe:
             continue
         words = ["pretrain", start.recipe, "--tokenizer.path", str(tokenizer), "--data.val-images", data.val_images]
-        if "--train.images 0" not in start.flags:
+        if start.images:
             words += ["--data.images", data.train_images]
         if start.recipe == "replicate_joint_stage":
             words += ["--data.clips", data.train_clips, "--data.val-clips", data.val_clips]
-        words += shlex.split(start.flags)
+        if not start.images:
+            words += ["--train.images", "0"]
+        if start.mask != "tube":
+            words += ["--clip-mask.kind", start.mask]
         if start.init:
             words += ["--init", str(out / start.init / "checkpoints" / "last")]
         words += ["--out", str(out / name), "--resume"]
         pretraining.append(Job(name, tuple(words), (start.init,) if start.init else ()))
     for seed in range(seeds):
-        for name, start in STARTS.items():
+        for name, start in starts.items():
             for labels in labellings(name):
                 run = f"{name}-{labels}-{seed}"
-                words = [
-                    "finetune",
-                    "replicate_finetune",
-                    "--train.seed",
-                    str(seed),
-                    "--out",
-                    str(out / run),
-                    "--resume",
-                ]
+                words = ["finetune", "replicate_finetune", "--train.seed", str(seed)]
+                words += ["--out", str(out / run), "--resume"]
                 words += ["--data.clips", str(folder / f"{labels}_train_clips.txt")]
                 words += ["--data.val-clips", str(folder / f"{labels}_val_clips.txt")]
                 if start.recipe:
@@ -149,7 +147,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, console: Console) -> None:
     """Run those that are not done, as many at a time as there are cores. Raises RunError where one fails."""
     (out / "done").mkdir(parents=True, exist_ok=True)
     (out / "logs").mkdir(exist_ok=True)
-    done = {path.name for path in (out / "done").iterdir()}
+    done = {path.name for path in (out / "done").iterdir() if not path.suffix}
     left = [job for job in jobs if job.name not in done]
     total, begun = len(left), time.monotonic()
     running: dict[Future[tuple[int, float]], Job] = {}
@@ -160,11 +158,16 @@ def run_jobs(jobs: Sequence[Job], out: Path, console: Console) -> None:
                     left.remove(job)
                     running[processes.submit(_run, job.words, out / "logs" / f"{job.name}.log")] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job, (status, seconds) = running.pop(future), future.result()
+                    job = running.pop(future)
+                    try:
+                        status, seconds = future.result()
+                    except BrokenProcessPool as error:
+                        what = f"{job.name} was under way when a process was killed, for want of memory perhaps"
+                        raise RunError(f"{what}; the same command goes on from there") from error
                     if status:
                         log = out / "logs" / f"{job.name}.log"
                         raise RunError(f"{job.name} ended with status {status}; what it said is in {log}")
-                    (out / "done" / job.name).write_text(f"{seconds:.1f}\n")
+                    _write(out / "done" / job.name, f"{seconds:.1f}\n")
                     done.add(job.name)
                     minutes = (time.monotonic() - begun) / 60
                     finished = total - len(left) - len(running)
@@ -173,6 +176,13 @@ def run_jobs(jobs: Sequence[Job], out: Path, console: Console) -> None:
             for process in list(multiprocessing.active_children()):  # or leaving the pool would wait for them
                 process.kill()
             raise
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _run(words: tuple[str, ...], log: Path) -> tuple[int, float]:
@@ -193,19 +203,18 @@ def _run(words: tuple[str, ...], log: Path) -> tuple[int, float]:
 
 
 def write_labels(data: shapes.ShapesPaths) -> None:
-    """Lists of `path label` lines beside the dataset's folders: `what_train_clips.txt` and so on."""
+    """Lists of `path label` lines beside the dataset's folders: `what_train_clips.txt` and so on, four."""
     folder = Path(data.labels).parent
     with open(data.labels, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for labels, (column, classes) in LABELLINGS.items():
-        for split in COUNTS:
+        for split in ("train_clips", "val_clips"):
             lines = [
-                f"{row['path']} {classes.index(row[column].split()[-1])}"
+                f"{row['path']} {classes.index(row[column].split()[-1])}\n"
                 for row in rows
-                if row["path"].startswith(f"{split}/") and row[column] != "still"
+                if row["path"].startswith(f"{split}/")
             ]
-            if lines:
-                (folder / f"{labels}_{split}.txt").write_text("\n".join(lines) + "\n")
+            (folder / f"{labels}_{split}.txt").write_text("".join(lines))
 
 
 ORDERINGS = (
@@ -234,7 +243,7 @@ def collect(out: Path, seeds: int) -> Figures:
             labels: [_scores(out / f"{name}-{labels}-{seed}" / "test" / "scores.json") for seed in range(seeds)]
             for labels in labellings(name)
         }
-        for name in STARTS
+        for name in (*STARTS, *MASKS)
     }
 
 
@@ -244,19 +253,22 @@ def _scores(path: Path) -> dict[str, float]:
 
 
 def verdict(figures: Figures, labels: str, better: str, other: str) -> tuple[str, float]:
-    """Whether `better` is above `other` with every seed, with none, or neither; and the mean difference in points."""
+    """Whether `better` is above `other` with every seed, with none, or neither; and the mean difference in points.
+
+    A tie with every seed says nothing.
+    """
     pairs = zip(figures[better][labels], figures[other][labels], strict=True)
     differences = [100 * (a["normal"] - b["normal"]) for a, b in pairs]
     if all(d > 0 for d in differences):
         word = "comes out"
+    elif not any(differences):
+        word = "tie"
     else:
         word = "does not come out" if all(d <= 0 for d in differences) else "unclear"
     return word, statistics.fmean(differences)
 
 
-def report(
-    out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, counts: Mapping[str, int], seconds: float
-) -> str:
+def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, settings: Mapping[str, Any]) -> str:
     """`README.md` of the report: tables beside the paper's, and which of its orderings come out."""
 
     def cell(name: str, labels: str, order: str = "normal") -> str:
@@ -264,17 +276,28 @@ def report(
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.1f}{spread}"
 
+    made, counts = settings["made"], settings["counts"]
+    minutes = sum(float((out / "done" / job.name).read_text()) for job in jobs) / made["cores"] / 60
+    chances = " and ".join(f"{100 / len(classes):.1f}" for _, classes in LABELLINGS.values())
+    steps = settings["recipes"]["replicate_image_stage"]["optim"]["max_steps"]
+    over = "mean and standard deviation over" if seeds > 1 else "of"
     lines = [
         "# The paper's comparisons at a small scale",
         "",
-        f"Written by `bevt replicate --out {out} --seeds {seeds}` (`make replicate`), {seconds / 60:.0f} minutes on "
-        f"{machine()}, bevt {bevt.__version__}, torch {torch.__version__}. Top-1 accuracies in percent, mean and "
-        f"standard deviation over {seeds} seeds of finetuning; every encoder was pretrained once, with seed 0.",
+        f"Written by `bevt replicate --out {out} --seeds {seeds}` (`make replicate`): {minutes:.0f} minutes of "
+        f"training and testing on {made['machine']}, bevt {made['bevt']}, torch {made['torch']}. Top-1 accuracies in "
+        f"percent, {over} {seeds} seed{'s' * (seeds > 1)} of finetuning; every encoder was pretrained once, seed 0.",
         "",
         f"{counts['train_clips']} clips and {counts['train_images']} stills of the embedded dataset to learn from, "
         f'{counts["val_clips"]} clips to test on. "What": the background, of {len(shapes.BACKGROUNDS)} kinds; '
         f'"how": the motion of the shape, of {len(shapes.MOTIONS)}: {", ".join(shapes.MOTIONS)}. Settings: '
         "`bevt/recipes/replicate.py`.",
+        "",
+        "What these figures are worth: "
+        f"chance is {chances} %, and the standard error of an accuracy on {counts['val_clips']} clips up to "
+        f"{50 / counts['val_clips'] ** 0.5:.1f} points. Rate, batch and steps of finetuning were chosen on BEVT from "
+        f"BEVT-I with seed 0, by the same clips (LOG.md, 2026-11-28). What goes on from BEVT-I has its {steps} steps "
+        "of pretraining too. The paper's figures are of other data and sizes: only orderings can be compared.",
         "",
         "## Ways to start",
         "",
@@ -284,24 +307,23 @@ def report(
         "|---|---|---|---|---|---|",
     ]
     for name, start in STARTS.items():
-        if name not in MASKS:
-            paper = " | ".join(f"{value:.1f}" for value in start.paper) if start.paper else "- | - | -"
-            lines.append(f"| {start.title} | {cell(name, 'what')} | {cell(name, 'how')} | {paper} |")
+        paper = " | ".join(f"{value:.1f}" for value in start.paper) if start.paper else "- | - | -"
+        lines.append(f"| {start.title} | {cell(name, 'what')} | {cell(name, 'how')} | {paper} |")
     lines += [
         "",
         "## How much the models depend on time",
         "",
         "The same clips in order, with the middle frame in the place of all, shuffled, and from the last to the first; "
-        "of the paper: Swin-B started image-supervised, in order, one frame, shuffled.",
+        "of the paper: Swin-B started image-supervised, in order, one frame, shuffled. Where reversed clips are told "
+        'as well as those in order, a model of "how" knows the axis and kind of a motion and not its direction.',
         "",
         "| start, labelling | in order | one frame | shuffled | reversed |",
         "|---|---|---|---|---|",
     ]
     for labels in LABELLINGS:
         for name, start in STARTS.items():
-            if name not in MASKS:
-                cells = " | ".join(cell(name, labels, order) for order in ORDERS)
-                lines.append(f"| {start.title}, {labels} | {cells} |")
+            cells = " | ".join(cell(name, labels, order) for order in ORDERS)
+            lines.append(f"| {start.title}, {labels} | {cells} |")
     lines += [f"| paper, {data} | {text} | - |" for data, text in PAPER_TIME.items()]
     lines += [
         "",
@@ -310,14 +332,16 @@ def report(
         "| mask | how | paper, Swin-T: SSv2 | K400 |",
         "|---|---|---|---|",
     ]
-    for name, (title, ssv2, k400) in MASKS.items():
-        lines.append(f"| {title} | {cell(name, 'how')} | {ssv2} | {k400} |")
+    for name, start in MASKS.items():
+        paper = " | ".join(f"{value:.1f}" for value in start.paper or ())
+        lines.append(f"| {start.title} | {cell(name, 'how')} | {paper} |")
     lines.append(f"| tube (BEVT from BEVT-I above) | {cell('bevt', 'how')} | 63.3 | 71.6 |")
     lines += [
         "",
         "## The paper's orderings",
         "",
-        '"Comes out": above with every seed; "does not": with none; "unclear": with some.',
+        '"Comes out": above with every seed; "does not": with none; "unclear": with some; "tie": equal with all. '
+        f"Of two starts that are equally good, one is above the other with all {seeds} one time in {2**seeds}.",
         "",
         "| ordering | labelling | here | difference |",
         "|---|---|---|---|",
@@ -325,15 +349,40 @@ def report(
     for words, labels, better, other in ORDERINGS:
         word, difference = verdict(figures, labels, better, other)
         lines.append(f"| {words} | {labels} | {word} | {difference:+.1f} |")
-    lines += ["", "## Commands", "", "In this order, `bevt` before each:", "", "```"]
+    lines += ["", "## Commands", ""]
+    lines += ["`bevt replicate` makes data and tokenizer and runs, in this order, with `bevt` before each:", "", "```"]
     lines += [shlex.join(job.words) for job in jobs if job.words[0] != "test"]
     lines += ["```", "", "and `bevt test replicate_finetune RUN/checkpoints/last --temporal` of every finetuned one."]
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
-    """In words."""
-    return f"{cores()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+def settle(out: Path, counts: Mapping[str, int], steps: int, fit_steps: int) -> dict[str, Any]:
+    """What `out` is made with, as its `settings.json` keeps it. Raises RunError where that is something else already.
+
+    "made" is of the first call, and not compared.
+    """
+    recipes = (replicate_image_stage(), replicate_joint_stage(), replicate_finetune())
+    settings: dict[str, Any] = {
+        **{"shapes": shapes.VERSION, "counts": dict(counts), "labellings": LABELLINGS, "steps": steps},
+        "tokenizer": asdict(vq(fit_steps)),
+        "starts": {name: asdict(start) for name, start in {**STARTS, **MASKS}.items()},
+        "recipes": {recipe.recipe: to_dict(recipe) for recipe in recipes},
+        "made": {
+            **{"bevt": bevt.__version__, "torch": torch.__version__, "cores": cores()},
+            "machine": f"{cores()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
+        },
+    }
+    settings = json.loads(json.dumps(settings))
+    path = out / "settings.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        if {**old, "made": ""} == {**settings, "made": ""}:
+            return old
+    elif not (out / "done").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(settings, indent=1) + "\n")
+        return settings
+    raise RunError(f"{out} holds a replication with other settings, of another version perhaps: name another --out")
 
 
 def replicate(
@@ -342,10 +391,17 @@ def replicate(
     """Everything, from rendering to the report in `out/report`, which is returned.
 
     What an earlier call in `out` has finished is kept. `steps` above 0 shortens every training, for tests. Raises
-    RunError where a job fails.
+    RunError where a job fails, where `out` is in use, and where it was made with other settings.
     """
-    console, begun = Console(highlight=False, soft_wrap=True), time.monotonic()
-    data = shapes.ensure(out / "data", seed=0, **dict(counts))  # type: ignore[arg-type]
+    settings = settle(out, counts, steps, fit_steps)
+    with ExitStack() as stack:
+        hold(out, stack)
+        return _replicate(out, seeds, settings, steps, fit_steps)
+
+
+def _replicate(out: Path, seeds: int, settings: Mapping[str, Any], steps: int, fit_steps: int) -> Path:
+    console = Console(highlight=False, soft_wrap=True)
+    data = shapes.ensure(out / "data", seed=0, **settings["counts"])
     write_labels(data)
     tokenizer = out / "tokenizer.safetensors"
     if not tokenizer.exists():
@@ -358,19 +414,17 @@ def replicate(
     if steps:
         jobs = [replace(job, words=(*job.words, *_shorter(job, steps))) for job in jobs]
     run_jobs(jobs, out, console)
-    spent = sum(float((out / "done" / job.name).read_text()) for job in jobs) / cores()
     figures, folder = collect(out, seeds), out / "report"
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
-    shown = {name: start for name, start in STARTS.items() if name not in MASKS}
     bars(
         folder / "starts.png",
-        {s.title: {k: [v["normal"] for v in each] for k, each in figures[n].items()} for n, s in shown.items()},
-        {start.title: start.paper[0] if start.paper else None for start in shown.values()},
+        {s.title: {k: [v["normal"] for v in each] for k, each in figures[n].items()} for n, s in STARTS.items()},
+        {start.title: start.paper[0] if start.paper else None for start in STARTS.values()},
         "Here: the embedded dataset, points for seeds",
         "Paper: Something-Something V2, Swin-B",
     )
-    (folder / "README.md").write_text(report(out, figures, jobs, seeds, counts, max(spent, time.monotonic() - begun)))
+    (folder / "README.md").write_text(report(out, figures, jobs, seeds, settings))
     console.print(f"report: {folder / 'README.md'}")
     return folder
 

@@ -1,8 +1,9 @@
-"""The replication's machinery, at two steps a training: its plan, that it goes on where it was cut, and its report."""
+"""The replication's machinery, at one step a training: its plan, that it goes on where it was cut, and its report."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bevt import replicate
 from bevt.data import shapes
 from bevt.replicate import MASKS, STARTS, Job, plan, run_jobs, verdict
+from bevt.train.loop import hold
 from bevt.train.metrics import RunError
 
 FEW = {"train_clips": 12, "val_clips": 6, "train_images": 6, "val_images": 6}
@@ -19,7 +21,7 @@ def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tm
     """What is waited for comes before who waits; a job for each, tested after it is tuned."""
     jobs = plan(tmp_path, dataset, tmp_path / "vq.safetensors", seeds=3)
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == len(STARTS) - 1 + 2 * 3 * (2 * len(STARTS) - len(MASKS))
+    assert len(set(names)) == len(names) == len(STARTS) - 1 + len(MASKS) + 2 * 3 * (2 * len(STARTS) + len(MASKS))
     for i, job in enumerate(jobs):
         assert all(names.index(before) < i for before in job.after)
         init = job.words[job.words.index("--init") + 1] if "--init" in job.words else ""
@@ -28,7 +30,7 @@ def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tm
 
 
 def test_orderings_name_starts() -> None:
-    assert {name for _, _, *pair in replicate.ORDERINGS for name in pair} <= STARTS.keys()
+    assert {name for _, _, *pair in replicate.ORDERINGS for name in pair} <= STARTS.keys() | MASKS.keys()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_orderings_name_starts() -> None:
         ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), ("comes out", 10)),
         ((0.6, 0.5, 0.8), (0.5, 0.6, 0.7), ("unclear", 10 / 3)),
         ((0.5, 0.5, 0.5), (0.5, 0.6, 0.7), ("does not come out", -10)),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), ("tie", 0)),
     ],
 )
 def test_verdicts(better: tuple[float, ...], other: tuple[float, ...], expected: tuple[str, float]) -> None:
@@ -60,19 +63,39 @@ def test_a_job_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_a_small_replication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three starts, one seed: a report with a row of each; a second call runs nothing again."""
-    kept = ("random", "bevt_i", "bevt")
+    """Four starts and a mask, one seed: a report with a row of each; a second call runs nothing again."""
+    kept = ("random", "bevt_i", "bevt_v", "bevt")
     monkeypatch.setattr(replicate, "STARTS", {name: STARTS[name] for name in kept})
-    monkeypatch.setattr(replicate, "MASKS", {})
-    monkeypatch.setattr(replicate, "ORDERINGS", tuple(o for o in replicate.ORDERINGS if set(o[2:]) <= set(kept)))
+    monkeypatch.setattr(replicate, "MASKS", {"random_3d": MASKS["random_3d"]})
+    names = {*kept, "random_3d"}
+    monkeypatch.setattr(replicate, "ORDERINGS", tuple(o for o in replicate.ORDERINGS if set(o[2:]) <= names))
     folder = replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
     text = (folder / "README.md").read_text()
     assert all(f"| {STARTS[name].title} |" in text for name in kept)
+    assert "| Random-3D |" in text
     assert "| BEVT from BEVT-I above BEVT-I (SSv2 70.6, 69.2) | how |" in text
     assert (folder / "starts.png").stat().st_size > 1000
     figures = json.loads((folder / "results.json").read_text())
     assert figures["bevt"]["how"][0].keys() == {"normal", "single", "shuffled", "reversed"}
+    assert figures["random_3d"].keys() == {"how"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()}
-    assert len(before) == 2 + 3 * 2 * 2
+    assert len(before) == 4 + 2 * (4 * 2 + 1)
     replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()} == before
+    with pytest.raises(RunError, match=r"holds a replication with other settings.*: name another --out"):
+        replicate.replicate(tmp_path, 1, counts=FEW, steps=2, fit_steps=2)
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    """Whose settings nobody wrote down."""
+    (tmp_path / "done").mkdir()
+    with pytest.raises(RunError, match="holds a replication with other settings"):
+        replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        hold(tmp_path, stack)
+        with pytest.raises(RunError, match="another process is at work in"):
+            replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)

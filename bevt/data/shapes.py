@@ -94,7 +94,10 @@ class Scene:
 
 
 def scene(seed: int, split: str, index: int, *, still: bool) -> Scene:
-    """The scene of one file: a pure function of its arguments. Motions and shapes come up equally often."""
+    """The scene of one file: a pure function of its arguments.
+
+    Of clips, motions come up equally often, and shapes but for `spin`.
+    """
     words = (VERSION, seed, ("train", "val").index(split), int(still), index)
     raw = iter(np.random.PCG64(np.random.SeedSequence(words)).random_raw(64).tolist())
 

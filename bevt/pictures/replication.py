@@ -34,13 +34,12 @@ def bars(
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for i, labels in enumerate(COLOURS):
         at = rows + (0.2 if i == 0 else -0.2)
-        values = [100 * np.array(measured[name].get(labels, [np.nan])) for name in names]
+        values = [100 * np.array(measured[name][labels]) for name in names]
         means = [float(value.mean()) for value in values]
         left.barh(at, means, height=0.36, color=COLOURS[labels], label=f'"{labels}"')
         for y, value, mean in zip(at, values, means):
             left.plot(value, np.full(len(value), y), "o", color="black", markersize=3)
-            if np.isfinite(mean):
-                left.text(max(value.max(), mean) + 1, y, f"{mean:.1f}", va="center", fontsize=9)
+            left.text(value.max() + 1, y, f"{mean:.1f}", va="center", fontsize=9)
     published = [paper.get(name) for name in names]
     shown = [value for value in published if value is not None]
     if shown:

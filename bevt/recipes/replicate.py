@@ -33,7 +33,7 @@ DATA = DataConfig(frames=8, stride=4, short_side=(64, 74), crop=64, flip=0.0, ji
 def replicate_image_stage() -> Config:
     """BEVT-I of `bevt replicate`.
 
-    Command: bevt replicate (which fills in data and tokenizer). Cost and what was seen: LOG.md.
+    Command: bevt replicate (which fills in data and tokenizer). Cost and results: replication/README.md.
     """
     return Config(
         recipe="replicate_image_stage",
@@ -50,7 +50,7 @@ def replicate_image_stage() -> Config:
 def replicate_joint_stage() -> Config:
     """BEVT of `bevt replicate`; without images BEVT-V.
 
-    Command: bevt replicate. Cost and what was seen: LOG.md.
+    Command: bevt replicate. Cost and results: replication/README.md.
     """
     base = replicate_image_stage()
     return replace(
@@ -65,7 +65,7 @@ def replicate_joint_stage() -> Config:
 def replicate_finetune() -> FinetuneConfig:
     """Finetuning of `bevt replicate`.
 
-    Command: bevt replicate. Cost and what was seen: LOG.md.
+    Command: bevt replicate. Cost and results: replication/README.md.
     """
     return FinetuneConfig(
         recipe="replicate_finetune",

@@ -401,7 +401,7 @@ def _open_run(task: Task, out: Path, world: World, stack: ExitStack, resume: boo
     try:
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
-            _hold(out, stack)
+            hold(out, stack)
     except OSError as error:
         raise RunError(f"cannot write to --out {out}: {error.strerror}; name a folder that can be written") from error
     world.barrier()
@@ -443,13 +443,13 @@ def _naming_a_way_on() -> Iterator[None]:
         ) from error
 
 
-def _hold(out: Path, stack: ExitStack) -> None:
+def hold(out: Path, stack: ExitStack) -> None:
     """Keep other processes from training in the same folder: a lock that ends with this process, however it ends."""
     lock = stack.enter_context((out / ".lock").open("w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RunError(f"another process is training in {out}: wait for it, end it, or name another --out") from error
+        raise RunError(f"another process is at work in {out}: wait for it, end it, or name another --out") from error
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:

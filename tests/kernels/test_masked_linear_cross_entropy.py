@@ -9,6 +9,7 @@ from bevt_kernels import NoImplementation, Spec, masked_linear_cross_entropy, re
 from bevt_kernels.masked_linear_cross_entropy import reference
 from bevt_kernels.testing import (
     LossCase,
+    assert_accuracy,
     assert_within_budget,
     eager_masked_linear_cross_entropy,
     random_loss_case,
@@ -59,7 +60,8 @@ def assert_draws_within_budget(case: LossCase, target: Target, dtype: torch.dtyp
         eager = run(eager_masked_linear_cross_entropy, *inputs)
         oracle = run(eager_masked_linear_cross_entropy, *double(inputs))
         draws.append((run(cross_entropy(target), *inputs), eager, oracle))
-    for name in NAMES:
+        assert_accuracy(draws[-1][0]["accuracy"], *inputs[:5])  # a near tie may fall either way, in eager another one
+    for name in (name for name in NAMES if name != "accuracy"):
         assert_within_budget(*(torch.stack([x[name] for x in each]) for each in zip(*draws)), f"{name} of {case}")
 
 
@@ -84,7 +86,8 @@ def test_error_is_within_budget(case: LossCase, target: Target, dtype: torch.dty
 @pytest.mark.parametrize(
     ("target", "dtype"), [t.param(dtype) for t in TARGETS for dtype in t.dtypes[: 1 if t == REFERENCE else 2]]
 )
-@pytest.mark.parametrize("seed", range(60 if torch.cuda.is_available() else 200))  # a GPU's are compiled
+# A GPU's are compiled, 60 do; 85 and 111 exceeded the rule on an H200, and nobody knows why yet (LOG.md).
+@pytest.mark.parametrize("seed", [*range(60), 85, 111] if torch.cuda.is_available() else range(200))
 def test_error_is_within_budget_on_random_cases(seed: int, target: Target, dtype: torch.dtype) -> None:
     case = random_loss_case(seed, products=2**12 if target.interpreted else 2**21)
     assert_case_within_budget(case, target, dtype, seed)
@@ -220,8 +223,9 @@ def test_strided_inputs(target: Target) -> None:
                    (bias, targets, index)))  # fmt: skip
         got = run(cross_entropy(target), *strided, grad)
         assert [got[name].shape for name in NAMES] == [expected[name].shape for name in NAMES]
+        assert_accuracy(got["accuracy"], *strided)
         draws.append((got, *(run(eager_masked_linear_cross_entropy, *x, grad) for x in (strided, double(strided)))))
-    for name in NAMES:
+    for name in (name for name in NAMES if name != "accuracy"):
         assert_within_budget(*(torch.stack([x[name] for x in each]) for each in zip(*draws)), name)
 
 
@@ -311,10 +315,10 @@ def test_compiled_equals_eager_and_masks_do_not_recompile(target: Target, backen
         leaves = [t.requires_grad_() for t in inputs[:3]]
         loss, accuracy = compiled(*inputs)
         got = (loss.detach(), accuracy, *torch.autograd.grad(loss, leaves, grad))
-        eager, oracle = (run(eager_masked_linear_cross_entropy, *x, grad) for x in (inputs, double(inputs)))
         for value, (name, expected) in zip(got, run(cross_entropy(target), *inputs, grad).items()):
-            if backend == "inductor" and target.device == "cuda":  # it divides by other instructions
-                assert_within_budget(value, eager[name], oracle[name], f"{slots} slots: {name}", times=3)
+            if backend == "inductor" and target.device == "cuda":  # it divides by other instructions: the last digit
+                steps = torch.finfo(expected.dtype).eps * expected.abs()
+                assert bool(((value - expected).abs() <= steps).all()), f"{slots} slots: {name}"
             else:
                 assert torch.equal(value, expected), f"{slots} slots: {name}"
     assert compiles == 1

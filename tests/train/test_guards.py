@@ -159,7 +159,7 @@ def test_two_processes_in_one_folder(config: Config, tmp_path: Path) -> None:
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for resume in (False, True):
-            with pytest.raises(RunError, match=r"another process is training in .*run: wait for it"):
+            with pytest.raises(RunError, match=r"another process is at work in .*run: wait for it"):
                 pretrain(config, out, resume=resume, quiet=True)
     assert [path.name for path in out.iterdir()] == [".lock"]
     assert pretrain(config, out, quiet=True).finished

@@ -51,7 +51,7 @@ def bars(
         right.set_xlim(low, max(shown) + 1)
     left.set_yticks(rows, names, fontsize=10)
     left.set_xlim(0, 110)
-    left.legend(fontsize=9, loc="lower right")
+    left.legend(fontsize=9, loc="upper right")
     for axes, text in ((left, title), (right, paper_title)):
         axes.set_title(text, fontsize=11, loc="left")
         axes.set_xlabel("top-1 accuracy [%]", fontsize=10)

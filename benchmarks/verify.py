@@ -72,8 +72,9 @@ def green(patterns: Sequence[str], device: str, seconds: float) -> str:
     if not find_spec("pytest"):
         raise GateClosed("the tests that come first need pytest: pip install pytest pytest-timeout")
     environment = environment_of_tree()
+    # What failing tests had captured, torch's tracing, has filled the end of the output that a message shows.
     command = [sys.executable, "-m", "pytest", "--maxfail=20", "--tb=short", "--show-capture=no", "-q", *paths]
-    # On a CPU Triton is only interpreted, for ten minutes; where a GPU is, what is for CPUs takes a third of the time.
+    # Of another device's implementations nothing is timed; on a CPU Triton's interpreter alone takes ten minutes.
     command += ["-k", "not triton" if device == "cpu" else "not (reference or native)"]
     if find_spec("xdist"):  # most of their time is compilation
         command += ["-n", str(min(12, os.cpu_count() or 1))]

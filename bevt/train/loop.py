@@ -444,7 +444,7 @@ def _naming_a_way_on() -> Iterator[None]:
 
 
 def hold(out: Path, stack: ExitStack) -> None:
-    """Keep other processes from training in the same folder: a lock that ends with this process, however it ends."""
+    """Keep other processes from working in the same folder: a lock that ends with this process, however it ends."""
     lock = stack.enter_context((out / ".lock").open("w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """masked_linear_cross_entropy: every implementation against eager PyTorch, the registered op, and what surrounds it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -53,15 +53,20 @@ def assert_case_within_budget(case: LossCase, target: Target, dtype: torch.dtype
     return assert_draws_within_budget(case, target, dtype, *range(seed, seed + 64000, 1000))
 
 
-def assert_draws_within_budget(case: LossCase, target: Target, dtype: torch.dtype, *seeds: int) -> None:
+def assert_draws_within_budget(
+    case: LossCase, target: Target, dtype: torch.dtype, *seeds: int, change: Callable[[list], list] = list
+) -> None:
+    """All draws together; `change` makes what is given of a draw's inputs."""
     draws = []
     for seed in seeds:
-        inputs = case.inputs(dtype, seed, target.device)
+        *drawn, grad = case.inputs(dtype, seed, target.device)
+        inputs = [*change(drawn), grad]
         eager = run(eager_masked_linear_cross_entropy, *inputs)
         oracle = run(eager_masked_linear_cross_entropy, *double(inputs))
         draws.append((run(cross_entropy(target), *inputs), eager, oracle))
-        assert_accuracy(draws[-1][0]["accuracy"], *inputs[:5])  # a near tie may fall either way, in eager another one
-    for name in (name for name in NAMES if name != "accuracy"):
+        assert_accuracy(draws[-1][0]["accuracy"], *inputs[:5])
+    # In a GPU's 16 bits a near tie may fall the other way where eager's error is 0: there by the exact check alone.
+    for name in (name for name in NAMES if name != "accuracy" or target.device == "cpu"):
         assert_within_budget(*(torch.stack([x[name] for x in each]) for each in zip(*draws)), f"{name} of {case}")
 
 
@@ -215,18 +220,11 @@ def test_a_row_that_is_not_finite_makes_the_loss_nan(target: Target) -> None:
 
 
 def test_strided_inputs(target: Target) -> None:
-    draws = []
-    for seed in range(16):  # of one alone, eager's error may be near 0 by luck
-        hidden, weight, bias, targets, index, grad = SMALL.inputs(target.dtype, seed, target.device)
-        expected = run(cross_entropy(target), hidden, weight, bias, targets, index, grad)
-        strided = (hidden.t().contiguous().t(), weight.t().contiguous().t(), *(x.repeat_interleave(2)[::2] for x in
-                   (bias, targets, index)))  # fmt: skip
-        got = run(cross_entropy(target), *strided, grad)
-        assert [got[name].shape for name in NAMES] == [expected[name].shape for name in NAMES]
-        assert_accuracy(got["accuracy"], *strided)
-        draws.append((got, *(run(eager_masked_linear_cross_entropy, *x, grad) for x in (strided, double(strided)))))
-    for name in (name for name in NAMES if name != "accuracy"):
-        assert_within_budget(*(torch.stack([x[name] for x in each]) for each in zip(*draws)), name)
+    def strided(inputs: list) -> list:
+        hidden, weight, *rest = inputs
+        return [hidden.t().contiguous().t(), weight.t().contiguous().t(), *(x.repeat_interleave(2)[::2] for x in rest)]
+
+    assert_draws_within_budget(SMALL, target, target.dtype, *range(16), change=strided)
 
 
 def test_float32_weight_beside_low_precision_rows_keeps_its_gradient(target: Target) -> None:
@@ -316,11 +314,7 @@ def test_compiled_equals_eager_and_masks_do_not_recompile(target: Target, backen
         loss, accuracy = compiled(*inputs)
         got = (loss.detach(), accuracy, *torch.autograd.grad(loss, leaves, grad))
         for value, (name, expected) in zip(got, run(cross_entropy(target), *inputs, grad).items()):
-            if backend == "inductor" and target.device == "cuda":  # it divides by other instructions: the last digit
-                steps = torch.finfo(expected.dtype).eps * expected.abs()
-                assert bool(((value - expected).abs() <= steps).all()), f"{slots} slots: {name}"
-            else:
-                assert torch.equal(value, expected), f"{slots} slots: {name}"
+            assert torch.equal(value, expected), f"{slots} slots: {name}"
     assert compiles == 1
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevt import masking
-from bevt.config import Config, ConfigError, MaskConfig, check
+from bevt.config import Config, ConfigError, FinetuneConfig, MaskConfig, VideoMAEConfig, ViTConfig, check, plain
 from bevt.data.build import accumulation
-from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
+from bevt.models.bevt import BEVT, MaskedInput, Stream, TimeSformerBEVT
+from bevt.models.classifier import build as build_classifier
+from bevt.models.videomae import VideoMAE
+from bevt.models.vit import grid_of
 from bevt.train import memory
 from bevt.train.memory import GIB, PARTS
 from bevt.train.optim import total_steps
@@ -35,6 +38,10 @@ ROWS = (
 
 BEHIND = ("decoders", "head and loss")
 """Rows of what comes behind the encoder, where the official way is another."""
+
+
+Trained = Config | VideoMAEConfig | FinetuneConfig
+"""What a budget is made of."""
 
 
 class Counts(NamedTuple):
@@ -80,7 +87,7 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
     """
     rows = counted(config)
     # Behind the encoder alone the official way multiplies other numbers.
-    shallow = replace(config.model, depths=(1, 1, 1, 1))
+    shallow = replace(memory.swin_of(config), depths=(1, 1, 1, 1))
     upstream = _counts(replace(_before(config), model=shallow))
     frame, (now, before) = rows[0], (memory.predict(c, gpus, device, again=a) for c, a in _ways(config))
     gmac = frame.image_gmac or frame.clip_gmac / masked_frames(config)
@@ -95,19 +102,23 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
     return done
 
 
-def step_flop(config: Config) -> tuple[float, float]:
+def step_flop(config: Trained) -> tuple[float, float]:
     """Counted floating-point operations of one optimizer step over all devices: the tokenizer's, and all others.
 
     Decoders, head and tokenizer at masked positions and frames, as many as there are on average; without what is
     computed again to save memory.
     """
-    t = config.train
-    tokenizer, *others = (row.step_flop(t.clips, t.images) for row in counted(config) if not row.name.startswith(" "))
-    return tokenizer, sum(others)
+    t, repeats = config.train, _repeats(config)
+    rows = [row for row in counted(config) if not row.name.startswith(" ")]
+    flop = {row.name: row.step_flop(t.clips * repeats, t.images * repeats) for row in rows}
+    tokenizer = sum(n for name, n in flop.items() if name.startswith("tokenizer"))
+    return tokenizer, sum(flop.values()) - tokenizer
 
 
-def counted(config: Config) -> list[Component]:
+def counted(config: Trained) -> list[Component]:
     """The rows, but for memory and for what was before."""
+    if not isinstance(config, Config):
+        return _parts_counted(config)
     tokenizer = memory.tokenizer_of(config)
     module = tokenizer.module if config.tokenizer.kind == "dalle" else tokenizer.module.get_submodule("encoder")
     view = config.data.crop // 2
@@ -124,6 +135,8 @@ def counted(config: Config) -> list[Component]:
             trained=False,
         )
     ]
+    if isinstance(config.model, ViTConfig):
+        return rows + _parts_counted(config)
     model = memory.meta_model(config, tokenizer.vocab_size, reference_ops=True)
     counts = _counts(config, model)
     for name in ROWS:
@@ -151,7 +164,7 @@ def _ways(config: Config) -> tuple[tuple[Config, bool], tuple[Config, bool]]:
 
 
 def budget(
-    config: Config, gpus: int, flops: float, efficiency: float, clips: int, images: int, device: str = "cuda"
+    config: Trained, gpus: int, flops: float, efficiency: float, clips: int, images: int, device: str = "cuda"
 ) -> str:
     """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch.
 
@@ -163,6 +176,9 @@ def budget(
             f"got {gpus}, {flops / 1e12:g}, {clips}, {images} and {efficiency:g}"
         )
     check(replace(config, data=replace(config.data, clips="any", images="any")))
+    length = _length(config, gpus, flops, efficiency, clips, images)
+    if not isinstance(config, Config) or isinstance(config.model, ViTConfig):
+        return _short(config, length)
     t = config.train
     rows = components(config, gpus, device)
     whole = [row for row in rows if not row.name.startswith(" ")]
@@ -211,14 +227,7 @@ def budget(
         f"{sum(row.kept for row in whole) / GIB:.2f}",
         f"{sum(row.before.kept for row in whole) / GIB:.2f}",
     )
-    steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
-    seconds = steps * step / (gpus * flops * efficiency)
     per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
-    try:
-        accumulation(config, gpus)
-        refusal = ""
-    except ConfigError as error:
-        refusal = f"\nas it is, a run on {gpus} devices would be refused: {error}"
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
     console.print(
@@ -229,10 +238,145 @@ def budget(
         f"{_memory(config, gpus, device)}\n"
         "before: with every frame tokenized, attention materialised, decoders and head on all positions; now: on "
         "masked positions, as many as there are on average (on a GPU as many as there can be, to keep shapes static)\n"
+        f"{length}"
+    )
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _length(config: Trained, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
+    """The whole run's operations and hours, and why it would be refused on so many devices."""
+    t, step = config.train, sum(step_flop(config))
+    steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
+    seconds = steps * step / (gpus * flops * efficiency)
+    try:
+        accumulation(config, gpus)
+        refusal = ""
+    except ConfigError as error:
+        refusal = f"\nas it is, a run on {gpus} devices would be refused: {error}"
+    return (
         f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
         f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed){refusal}"
     )
+
+
+def _short(config: Trained, length: str) -> str:
+    """The table of what has no reference path and whose memory nobody predicts: all but BEVT with a Video Swin."""
+    t, rows = config.train, counted(config)
+    whole = [row for row in rows if not row.name.startswith(" ")]
+    title = f"{config.recipe}: {t.clips} clips + {t.images} images a step"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "parameters", "a clip", "an image", "a step", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", style="dim")
+    repeats = _repeats(config)
+    step = sum(row.step_flop(t.clips * repeats, t.images * repeats) for row in whole)
+    for row in rows:
+        flop, part = row.step_flop(t.clips * repeats, t.images * repeats), row.name.startswith(" ")
+        table.add_row(
+            row.name,
+            "" if part else f"{row.parameters / 1e6:.2f}",
+            f"{row.clip_gmac:.2f}",
+            f"{row.image_gmac:.2f}",
+            f"{flop / 1e12:.1f}",
+            f"{100 * flop / step:.0f}",
+            style="dim" if part else None,
+        )
+    table.add_section()
+    sums = (sum(row.clip_gmac for row in whole), sum(row.image_gmac for row in whole))
+    parameters = f"{sum(row.parameters for row in whole) / 1e6:.2f}"
+    table.add_row("sum", parameters, f"{sums[0]:.2f}", f"{sums[1]:.2f}", f"{step / 1e12:.1f}", "100")
+    console = Console(file=io.StringIO(), width=110, highlight=False)
+    console.print(table)
+    console.print("a clip, an image: forward; a step: forward and backward")
+    if isinstance(config, FinetuneConfig):
+        clips, crops = config.views
+        each = f"{clips} x {crops} views of {max(sums):.1f} GMAC"
+        console.print(f"a test of a file: {each}, {clips * crops * max(sums) / 1e3:.2f} TMAC")
+        if config.augment.repeats > 1:
+            console.print(f"each file is cut {config.augment.repeats} times a step")
+    console.print(length)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _repeats(config: Trained) -> int:
+    """Samples that a step makes of each file."""
+    return config.augment.repeats if isinstance(config, FinetuneConfig) else 1
+
+
+def _parts_counted(config: Trained) -> list[Component]:
+    """As `counted`, of a model of any kind but BEVT with a Video Swin."""
+    model, inputs = _on_meta(config)
+    none = Counts(0.0, 0.0, 0)
+    counts = {stream: _parts(model, given) for stream, given in inputs.items()}
+    children: dict[str, list[int]] = {name: [] for name in ("patch embedding", "encoder", "decoder", "head and loss")}
+    for child, p in model.named_parameters():
+        row = "head and loss"
+        if child.startswith(("encoder.patch_embed.", "patch_embed.", "patch_embed_2d.")):
+            row = "patch embedding"
+        elif child.startswith("encoder."):
+            row = "encoder"
+        elif child.startswith(("decoder.", "encoder_to_decoder.")) and not child.startswith("decoder.head."):
+            row = "decoder"
+        children[row].append(p.numel())
+    rows = []
+    for row in ("patch embedding", "encoder", "  projections", "  attention", "  MLP", "decoder", "head and loss"):
+        gmac = [counts[s][row] if s in counts else 0.0 for s in ("clips", "images")]
+        size = sum(children.get(row, ()))
+        if size or any(gmac):
+            rows.append(Component(row, size, gmac[0], gmac[1], none))
+    return rows
+
+
+def _on_meta(config: Trained) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """The model without data, in plain PyTorch, and what it takes of one clip or image, by stream."""
+    data, model = config.data, plain(config.model)
+    streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]
+    with torch.device("meta"):
+        clip, image = torch.empty(1, 3, data.frames, data.crop, data.crop), torch.empty(1, 3, data.crop, data.crop)
+        pixels = {"clips": clip, "images": image}
+        if isinstance(config, FinetuneConfig):
+            classifier = build_classifier(replace(config, model=model), 400)
+            return classifier, {s: {"pixels": pixels[s]} for s in streams}
+        assert isinstance(model, ViTConfig)
+        grid = grid_of(model, data.frames, data.crop)
+        if isinstance(config, VideoMAEConfig):
+            hidden = masking.capacity(config.clip_mask, grid)
+            index = torch.empty(1, math.prod(grid), dtype=torch.int64)
+            given = {"visible": index[:, hidden:], "hidden": index[:, :hidden], "pixel_std": torch.empty(3)}
+            return VideoMAE(model, config.decoder, grid), {"clips": {"pixels": pixels["clips"], **given}}
+        assert isinstance(config, Config)
+        masked = TimeSformerBEVT(model, memory.tokenizer_of(config).vocab_size, streams, grid=grid)
+        return masked, {s: {s: _inputs(config, s)} for s in streams}
+
+
+def _parts(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+    """GMAC of one forward pass, by row."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(**inputs)
+    flops, name = counter.get_flop_counts(), type(model).__name__
+    total = sum(flops["Global"].values())
+
+    def module(*suffixes: str) -> float:
+        return sum(sum(v.values()) for k, v in flops.items() if k.endswith(suffixes))
+
+    products = ("bmm", "scaled_dot_product", "window_attention")
+    attends = [v for k, v in flops.items() if k.endswith((".attn", ".temporal_attn")) and f"{name}.encoder" in k]
+    attention = sum(n for ops in attends for op, n in ops.items() if any(part in str(op) for part in products))
+    embed = module(f"{name}.encoder.patch_embed", f"{name}.patch_embed", f"{name}.patch_embed_2d")
+    encoder = module(f"{name}.encoder") - module(f"{name}.encoder.patch_embed")
+    mlp = sum(sum(v.values()) for k, v in flops.items() if k.endswith(".mlp") and f"{name}.encoder" in k)
+    decoder = module(f"{name}.decoder", f"{name}.encoder_to_decoder") - module(f"{name}.decoder.head")
+    parts = {
+        "patch embedding": embed,
+        "encoder": encoder,
+        "  projections": encoder - attention - mlp,
+        "  attention": attention,
+        "  MLP": mlp,
+        "decoder": decoder,
+        "head and loss": total - embed - encoder - decoder,
+    }
+    return {row: n / 2e9 for row, n in parts.items()}
 
 
 def _memory(config: Config, gpus: int, device: str) -> str:
@@ -255,11 +399,12 @@ def _memory(config: Config, gpus: int, device: str) -> str:
 
 def _inputs(config: Config, stream: Stream) -> MaskedInput:
     """A clip or an image of the recipe's size, with as many slots as a mask covers on average."""
-    side, depth = config.data.crop // 16, config.data.frames // PATCH[0]
+    tubelet = config.model.tubelet
+    side, depth = config.data.crop // 16, config.data.frames // tubelet
     if stream == "images":
         slots = masked_positions(config.image_mask, (1, side, side))
     else:
-        slots = PATCH[0] * masked_positions(config.clip_mask, (depth, side, side))
+        slots = tubelet * masked_positions(config.clip_mask, (depth, side, side))
     with torch.device("meta"):
         return replace(memory.unseen(config, stream, 1), slots=slots)
 
@@ -271,9 +416,9 @@ def masked_positions(config: MaskConfig, grid: tuple[int, int, int]) -> int:
 
 def masked_frames(config: Config) -> float:
     """Frames of a clip that hold a masked position, on average over 1024 draws."""
-    side = config.data.crop // 16
-    masks = masking.generate(config.clip_mask, np.arange(1024), (config.data.frames // PATCH[0], side, side))
-    return PATCH[0] * masks.any((2, 3)).sum() / 1024
+    side, tubelet = config.data.crop // 16, config.model.tubelet
+    masks = masking.generate(config.clip_mask, np.arange(1024), (config.data.frames // tubelet, side, side))
+    return tubelet * masks.any((2, 3)).sum() / 1024
 
 
 def _count(model: BEVT, stream: Stream, inputs: MaskedInput) -> dict[str, float]:

@@ -15,15 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args
 
 import tyro
 
 from bevt.config import (
-    SIZES,
     AnyConfig,
     Config,
     ConfigError,
@@ -34,10 +33,10 @@ from bevt.config import (
     TokenizerConfig,
     TrainConfig,
     UserError,
-    command_of,
+    VideoMAEConfig,
     keys,
     nearest,
-    resized,
+    resized_config,
 )
 from bevt.train.slurm import SlurmOptions, launch
 
@@ -87,12 +86,24 @@ class PretrainArgs:
     out: Path
     """Folder of the run: configuration, metrics, checkpoints, pictures."""
     config: Annotated[Config, tyro.conf.arg(name="")]
-    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
-    """A published Video Swin size in place of the recipe's; your own model keys come on top."""
+    size: Literal["recipe", "tiny", "small", "base", "large", "huge"] = "recipe"
+    """A published size of the recipe's model (Video Swin: tiny to large, vision transformer: small to huge) in place of
+    its own; your own model keys come on top."""
     resume: bool = False
     """Continue the run in `out` at its newest checkpoint (start it where there is none)."""
     profile: bool = False
     """Record three early steps with PyTorch's profiler, into `out`/profile: trace.json and table.txt."""
+
+
+@dataclass(frozen=True)
+class PixelArgs(PretrainArgs):
+    """Pretrain a VideoMAE by a recipe. Every key of its configuration can be overridden.
+
+    Exit status 0: finished; 3: Ctrl-C or SIGTERM stopped it after a step, and --resume goes on from there (0 under
+    torchrun, which would start it again).
+    """
+
+    config: Annotated[VideoMAEConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,8 @@ class TestArgs:
     """
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
-    """A published Video Swin size in place of the recipe's, for a file of somebody's weights."""
+    size: Literal["recipe", "tiny", "small", "base", "large", "huge"] = "recipe"
+    """A published size of the recipe's model in place of its own, for a file of somebody's weights."""
     out: Path | None = None
     """Folder for scores.json, classes.csv and confusion.png; default: `test` in the run's folder."""
     dump: Path | None = None
@@ -170,6 +181,11 @@ class SlurmArgs(PretrainArgs):
     """
 
     job: Annotated[SlurmOptions, tyro.conf.arg(name="")] = field(default_factory=SlurmOptions)
+
+
+@dataclass(frozen=True)
+class SlurmPixelArgs(PixelArgs, SlurmArgs):
+    """As `SlurmArgs`, of VideoMAE's pretraining."""
 
 
 @dataclass(frozen=True)
@@ -305,8 +321,8 @@ class RatesArgs:
     """Every parameter's learning rate over the run's, and its weight decay; nothing is trained."""
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
-    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
-    """A published Video Swin size in place of the recipe's."""
+    size: Literal["recipe", "tiny", "small", "base", "large", "huge"] = "recipe"
+    """A published size of the recipe's model in place of its own."""
     classes: int = 400
     """Classes of the head."""
 
@@ -316,8 +332,8 @@ class BudgetArgs:
     """What a recipe costs, component by component. Counted, not measured, but for the efficiency you give."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    size: Literal["recipe", "tiny", "small", "base", "large"] = "recipe"
-    """A published Video Swin size in place of the recipe's."""
+    size: Literal["recipe", "tiny", "small", "base", "large", "huge"] = "recipe"
+    """A published size of the recipe's model in place of its own."""
     gpus: int = 8
     """Devices."""
     tflops: float = 790.0
@@ -332,17 +348,39 @@ class BudgetArgs:
     """Type of the devices, whose memory is predicted."""
 
 
+@dataclass(frozen=True)
+class PixelBudgetArgs(BudgetArgs):
+    """As `BudgetArgs`, of VideoMAE's pretraining."""
+
+    config: Annotated[VideoMAEConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class FinetuneBudgetArgs(BudgetArgs):
+    """As `BudgetArgs`, of learning classes."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+
+
+BUDGET_KINDS: dict[type, type[BudgetArgs]] = {
+    Config: BudgetArgs,
+    VideoMAEConfig: PixelBudgetArgs,
+    FinetuneConfig: FinetuneBudgetArgs,
+}
+
+
 def _parse(args_type: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
     """Arguments as `args_type`; a flag that does not exist is an error that names the nearest one."""
-    flags = {"--" + key.removeprefix("config.").removeprefix("job.").replace("_", "-") for key in keys(args_type)} | {
-        "--help"
-    }
+    named = keys(args_type if default is None else default)
+    flags = {"--" + key.removeprefix("config.").removeprefix("job.").replace("_", "-") for key in named} | {"--help"}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for word in argv:
         flag = word.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in flags:
             raise ConfigError(f"no option {flag}; the nearest is {nearest(flag, sorted(flags))}")
-    return cast(T, tyro.cli(args_type, args=list(argv), prog=prog, default=default))
+    # Of a configuration's models the default's kind is the one whose keys there are.
+    config = (tyro.conf.AvoidSubcommands,)
+    return cast(T, tyro.cli(args_type, args=list(argv), prog=prog, default=default, config=config))
 
 
 def _recipe(argv: list[str], command: str, recipes: Mapping[str, Callable[[], C]]) -> tuple[C, list[str]]:
@@ -359,34 +397,50 @@ def _recipe(argv: list[str], command: str, recipes: Mapping[str, Callable[[], C]
     if {"-h", "--help"} & set(rest):
         print(f"{inspect.getdoc(recipes[argv[0]])}\n")
     for flag, size in pairwise(" ".join(rest).replace("=", " ").split()):
-        if flag == "--size" and size in SIZES:  # before the keys are read, so that one of them can still change it
-            config = replace(config, model=resized(config.model, cast(Size, size)))
+        if flag == "--size" and size in get_args(Size):  # before the keys are read, so that they can still change it
+            config = cast(C, resized_config(config, cast(Size, size)))
     return config, rest
 
 
 def _pretrain(argv: list[str]) -> int:
     from bevt.recipes import RECIPES
 
-    return _train(argv, "pretrain", PretrainArgs, RECIPES)
+    return _train(argv, "pretrain", RECIPES)
 
 
 def _finetune(argv: list[str]) -> int:
     from bevt.recipes import FINETUNE_RECIPES
 
-    return _train(argv, "finetune", FinetuneArgs, FINETUNE_RECIPES)
+    return _train(argv, "finetune", FINETUNE_RECIPES)
 
 
 def _contrast(argv: list[str]) -> int:
     from bevt.recipes import CONTRAST_RECIPES
 
-    return _train(argv, "contrast", ContrastArgs, CONTRAST_RECIPES)
+    return _train(argv, "contrast", CONTRAST_RECIPES)
 
 
-def _train(
-    argv: list[str], command: str, kind: type[PretrainArgs], recipes: Mapping[str, Callable[[], AnyConfig]]
-) -> int:
+KINDS: dict[type, type[PretrainArgs]] = {
+    Config: PretrainArgs,
+    VideoMAEConfig: PixelArgs,
+    FinetuneConfig: FinetuneArgs,
+    ContrastConfig: ContrastArgs,
+}
+"""What a training's command takes, by the kind of its configuration."""
+
+SLURM_KINDS: dict[type, type[SlurmArgs]] = {
+    Config: SlurmArgs,
+    VideoMAEConfig: SlurmPixelArgs,
+    FinetuneConfig: SlurmFinetuneArgs,
+    ContrastConfig: SlurmContrastArgs,
+}
+"""Likewise, as a job of a cluster."""
+
+
+def _train(argv: list[str], command: str, recipes: Mapping[str, Callable[[], AnyConfig]]) -> int:
     """Train by a recipe: `bevt.train.COMMAND.COMMAND`."""
     default, rest = _recipe(argv, command, recipes)
+    kind: type[Any] = KINDS[type(default)]
     blank = kind(out=tyro.MISSING, config=cast(Any, default))
     args = _parse(kind, rest, f"bevt {command} {argv[0]}", blank)
     from bevt.data.processes import stop_with_parent
@@ -453,8 +507,7 @@ def _slurm(argv: list[str]) -> int:
     from bevt.recipes import ALL_RECIPES
 
     default, rest = _recipe(argv, "slurm", ALL_RECIPES)
-    kinds = {"pretrain": SlurmArgs, "finetune": SlurmFinetuneArgs, "contrast": SlurmContrastArgs}
-    kind: type[Any] = kinds[command_of(default)]
+    kind: type[Any] = SLURM_KINDS[type(default)]
     args: SlurmArgs = _parse(kind, rest, f"bevt slurm {argv[0]}", kind(out=tyro.MISSING, config=default))
     _, words = tyro.cli(SlurmOptions, args=rest, return_unknown_args=True)  # those that the run itself reads
     print(launch(args.config, args.job, args.out, [argv[0], *words], resume=args.resume))
@@ -627,10 +680,11 @@ def _rates(argv: list[str]) -> int:
 
 
 def _budget(argv: list[str]) -> int:
-    from bevt.recipes import RECIPES
+    from bevt.recipes import FINETUNE_RECIPES, RECIPES
 
-    default, rest = _recipe(argv, "budget", RECIPES)
-    args = _parse(BudgetArgs, rest, f"bevt budget {argv[0]}", BudgetArgs(config=default))
+    default, rest = _recipe(argv, "budget", {**RECIPES, **FINETUNE_RECIPES})
+    kind = BUDGET_KINDS[type(default)]
+    args = _parse(kind, rest, f"bevt budget {argv[0]}", kind(config=cast(Any, default)))
     from bevt.budget import budget
 
     print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images, args.device))

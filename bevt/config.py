@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Impl = Literal["auto", "reference", "native", "triton"]
 
@@ -24,6 +24,21 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key and what to do."""
+
+
+class Pixels(NamedTuple):
+    """Mean and standard deviation by which levels 0..255 of red, green and blue are normalised."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def grey(cls, mean: float, std: float) -> Pixels:
+        """The same for all three, given for pixels in 0..1."""
+        return cls((255 * mean,) * 3, (255 * std,) * 3)
+
+
+IMAGENET = Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 @dataclass(frozen=True)
@@ -51,13 +66,128 @@ class ModelConfig:
     linear_impl: Impl = "auto"
     """Implementation of `bevt_kernels.linear`: native (float32 on CPUs) or reference, torch's own."""
 
+    @property
+    def tubelet(self) -> int:
+        """Frames in a token."""
+        return 2
 
-def plain(model: ModelConfig) -> ModelConfig:
+    @property
+    def channels(self) -> int:
+        """Of the last stage: what a head reads."""
+        return 8 * self.embed_dim
+
+    @property
+    def multiple(self) -> int:
+        """Of which a crop's side in pixels must be one: patch 4, three mergings."""
+        return 32
+
+    @property
+    def pixels(self) -> Pixels:
+        """How levels are normalised: ImageNet's, as the official configuration has them."""
+        return IMAGENET
+
+    @property
+    def branches(self) -> int:
+        """Residual branches in a block."""
+        return 2
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Probability with which each block's branches are dropped: from 0 up to `drop_path`, linearly."""
+        return _rising(self.drop_path, sum(self.depths))
+
+
+def _rising(most: float, blocks: int) -> list[float]:
+    return [most * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
+ViTKind = Literal["videomae", "timesformer", "vivit_1", "vivit_2", "vivit_3", "vivit_4"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer for video (`bevt/models/vit.py`)."""
+
+    kind: ViTKind = "videomae"
+    """`videomae` (arXiv 2203.12602): joint attention, fixed positions, mean of all tokens. `timesformer` (2102.05095):
+    attention over time, then over space, in each block. `vivit_1` to `vivit_4` (2103.15691): its models, joint;
+    factorised encoder; factorised self-attention; factorised dot-product attention."""
+    embed_dim: int = 768
+    """Channels."""
+    depth: int = 12
+    """Blocks."""
+    num_heads: int = 12
+    """Attention heads; channels / heads is the head dimension."""
+    patch: int = 16
+    """Side of a token in pixels."""
+    tubelet: int = 2
+    """Frames in a token; 1 of a `timesformer`."""
+    temporal_depth: int = 4
+    """`vivit_2` alone: blocks that attend over time, behind the `depth` that attend over space."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the channels."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it rises linearly from 0 at the first."""
+    inflation: Literal["central", "average"] = "central"
+    """What an image model's patch embedding becomes over the frames of a token: that of the central frame, zero in the
+    others; or divided over all."""
+    temporal_init: Literal["copy", "zero"] = "copy"
+    """`vivit_3` alone: attention over time starts as a copy of the image model's, or with an output of zero."""
+    attention_impl: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Who computes attention: PyTorch's scaled_dot_product_attention (`auto` too), or xformers on a GPU."""
+    loss_impl: Impl = "auto"
+    """Implementation of `bevt_kernels.masked_linear_cross_entropy`, of BEVT alone."""
+    linear_impl: Impl = "auto"
+    """Implementation of `bevt_kernels.linear`: native (float32 on CPUs) or reference, torch's own."""
+
+    @property
+    def channels(self) -> int:
+        """What a head reads."""
+        return self.embed_dim
+
+    @property
+    def multiple(self) -> int:
+        """Of which a crop's side in pixels must be one."""
+        return self.patch
+
+    @property
+    def pixels(self) -> Pixels:
+        """How levels are normalised: as each family's code does."""
+        if self.kind == "videomae":
+            return IMAGENET
+        return Pixels.grey(0.45, 0.225) if self.kind == "timesformer" else Pixels.grey(0.5, 0.5)
+
+    @property
+    def branches(self) -> int:
+        """Residual branches in a block."""
+        return 3 if self.kind in ("timesformer", "vivit_3") else 2
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Probability with which each block's branches are dropped; of `vivit_2` those over time rise by themselves."""
+        over_time = self.temporal_depth if self.kind == "vivit_2" else 0
+        return _rising(self.drop_path, self.depth) + _rising(self.drop_path, over_time)
+
+    @property
+    def quirks(self) -> Literal["clean"]:
+        """Accidents of others' code that are repeated: none."""
+        return "clean"
+
+
+AnyModel = ModelConfig | ViTConfig
+
+
+Size = Literal["tiny", "small", "base", "large", "huge"]
+
+M = TypeVar("M", ModelConfig, ViTConfig, "ModelConfig | ViTConfig")
+
+
+def plain(model: M) -> M:
     """`model` with every op in plain PyTorch."""
+    if isinstance(model, ViTConfig):
+        return dataclasses.replace(model, attention_impl="sdpa", loss_impl="reference", linear_impl="reference")
     return dataclasses.replace(model, attention_impl="reference", loss_impl="reference", linear_impl="reference")
 
-
-Size = Literal["tiny", "small", "base", "large"]
 
 SIZES: dict[Size, ModelConfig] = {
     "tiny": ModelConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path=0.1),
@@ -69,8 +199,27 @@ SIZES: dict[Size, ModelConfig] = {
 configurations from ImageNet-1K; L, which has none, takes B's."""
 
 
-def resized(model: ModelConfig, size: Size) -> ModelConfig:
-    """`model` with the channels, depths and heads of a published size, and at most its drop path."""
+VIT_SIZES: dict[str, tuple[int, int, int]] = {
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+"""Channels, blocks and heads of the published vision transformers (arXiv 2010.11929, table 1; small: 2012.12877)."""
+
+
+def resized(model: M, size: Size) -> M:
+    """`model` with the channels, depths and heads of a published size, and of a Video Swin at most its drop path.
+
+    Raises ConfigError where no model of its kind has that size.
+    """
+    if isinstance(model, ViTConfig):
+        if size not in VIT_SIZES:
+            raise ConfigError(f"--size {size} is of no vision transformer; there are {', '.join(VIT_SIZES)}")
+        embed_dim, depth, num_heads = VIT_SIZES[size]
+        return dataclasses.replace(model, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    if size not in SIZES:
+        raise ConfigError(f"--size {size} is of no Video Swin; there are {', '.join(SIZES)}")
     named = SIZES[size]
     return dataclasses.replace(
         model,
@@ -103,8 +252,9 @@ class TokenizerConfig:
 class MaskConfig:
     """One stream's mask on the token grid (paper section 3.2 and Table 9)."""
 
-    kind: Literal["block", "tube", "random_3d", "frame_diff", "random_frame"] = "tube"
-    """`block` is the image stream's; the others are the video stream's."""
+    kind: Literal["block", "tube", "random_3d", "frame_diff", "random_frame", "random_tube"] = "tube"
+    """`block` is the image stream's; the others are the video stream's. `random_tube` is VideoMAE's, the only one whose
+    count does not vary: of all frames the same patches, drawn uniformly."""
     ratio: float = 0.5
     """Most patches that one frame's block mask covers, over the patches of a frame (98 of 196)."""
     min_block: int = 16
@@ -143,10 +293,13 @@ class DataConfig:
     short_side: tuple[int, int] = (256, 320)
     """The short side is resized (bicubic) to a length drawn uniformly from this range, in pixels."""
     crop: int = 224
-    """Side of the square random crop, in pixels; a multiple of 32."""
+    """Side of the square random crop, in pixels; a multiple of 32, of a vision transformer of its patch."""
     crop_area: tuple[float, float] = (0.0, 0.0)
     """RandomResizedCrop in place of `short_side` in training: the crop covers a share of the frame's area that is drawn
     uniformly from this range, at an aspect of 3/4 to 4/3. (0, 0): not so."""
+    crop_scales: tuple[float, ...] = ()
+    """Multi-scale crop (TSN, arXiv 1608.00859) in place of `short_side` in training: height and width are drawn from
+    these shares of the short side, neighbours in the list at most, the place from 13 fixed ones. Empty: not so."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.4
@@ -167,8 +320,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """`sgd`: with a momentum that is the first of `betas`."""
     lr: float = 5e-4
     """Peak learning rate; flat, not scaled by the batch."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -176,7 +331,7 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; none on norms and bias tables."""
+    """Weight decay (AdamW's decoupled), none on norms and bias tables; of a vision transformer on matrices alone."""
     clip_grad: float = 3.0
     """Largest global gradient norm; 0 switches clipping off."""
     epochs: float = 150.0
@@ -250,7 +405,7 @@ class Config:
     attention materialised, nothing compiled or fused. Slow: it is what the other is measured against."""
     init: str = ""
     """Checkpoint of this project, image stage or later, whose weights start the run; empty: random weights."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AnyModel = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     clip_mask: MaskConfig = field(default_factory=MaskConfig)
     image_mask: MaskConfig = field(default_factory=lambda: MaskConfig(kind="block"))
@@ -285,6 +440,13 @@ class HeadConfig:
 class AugmentConfig:
     """What is done to training samples on the device, alike for all frames of a clip."""
 
+    repeats: int = 1
+    """Cuts of each sample that a step learns from (repeated augmentation, arXiv 1901.09335): of `train.clips` files so
+    many times as many clips."""
+    color: float = 0.0
+    """Probability with which brightness, contrast and saturation are changed by factors of 0.6 to 1.4."""
+    grey: float = 0.0
+    """Probability with which colours are dropped."""
     rand_augment: int = 0
     """Operations of RandAugment (arXiv 1909.13719) that each sample goes through; 0: none."""
     magnitude: int = 7
@@ -343,9 +505,10 @@ class FinetuneConfig:
     recipe: str = "custom"
     """Name of the recipe this came from."""
     init: str = ""
-    """What the run starts from: a checkpoint of this project (any stage), or a file of weights by the names of official
-    BEVT, Video Swin, Swin, MoBY or torchvision; empty: random weights."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the run starts from: a checkpoint of this project (any stage), or a file of weights: of a Video Swin by the
+    names of official BEVT, Video Swin, Swin, MoBY or torchvision, of a vision transformer by those of VideoMAE,
+    TimeSformer, timm or Hugging Face; empty: random weights."""
+    model: AnyModel = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -389,12 +552,66 @@ class ContrastConfig:
     train: BatchConfig = field(default_factory=BatchConfig)
 
 
-AnyConfig = Config | FinetuneConfig | ContrastConfig
+@dataclass(frozen=True)
+class DecoderConfig:
+    """VideoMAE's decoder of pixels."""
+
+    embed_dim: int = 384
+    """Channels, half of the encoder's."""
+    depth: int = 4
+    """Blocks."""
+    num_heads: int = 6
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class VideoMAETrainConfig(BatchConfig):
+    """Batches, precision, and what is written when."""
+
+    eval_clips: int = 64
+    """Held-out clips scored at the end (0: none)."""
+
+
+@dataclass(frozen=True)
+class VideoMAEConfig:
+    """One run of VideoMAE's pretraining: the pixels of hidden patches from the visible ones."""
+
+    recipe: str = "custom"
+    """Name of the recipe this came from."""
+    init: str = ""
+    """Checkpoint of this project, or a file of VideoMAE's pretrained weights (the original's or Hugging Face's names),
+    that starts the run; empty: random weights."""
+    model: ViTConfig = field(default_factory=ViTConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    clip_mask: MaskConfig = field(default_factory=lambda: MaskConfig(kind="random_tube", ratio=0.9))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: VideoMAETrainConfig = field(default_factory=VideoMAETrainConfig)
+
+
+AnyConfig = Config | FinetuneConfig | ContrastConfig | VideoMAEConfig
+
+_CLASSES: dict[type, str] = {
+    Config: "pretrain",
+    VideoMAEConfig: "pretrain",
+    FinetuneConfig: "finetune",
+    ContrastConfig: "contrast",
+}
+
+
+def resized_config(config: AnyConfig, size: Size) -> AnyConfig:
+    """`config` with its model, and VideoMAE's decoder (half as wide, heads of 64), of a published size."""
+    model: Any = resized(config.model, size)
+    if isinstance(config, VideoMAEConfig):
+        dim = model.embed_dim // 2
+        decoder = dataclasses.replace(config.decoder, embed_dim=dim, num_heads=dim // 64)
+        return dataclasses.replace(config, model=model, decoder=decoder)
+    return dataclasses.replace(config, model=model)
 
 
 def command_of(config: AnyConfig) -> str:
     """The command of `bevt` that runs it."""
-    return {Config: "pretrain", FinetuneConfig: "finetune", ContrastConfig: "contrast"}[type(config)]
+    return _CLASSES[type(config)]
 
 
 def tokenizer_settings(config: Config) -> TokenizerConfig:
@@ -430,14 +647,14 @@ def from_dict(data: dict[str, Any], cls: type = Config, where: str = "") -> Any:
     return cls(**kwargs)
 
 
-def keys(cls: type, where: str = "") -> list[str]:
-    """Dotted names of all keys of a configuration class, in order."""
-    hints = typing.get_type_hints(cls)
+def keys(of: Any, where: str = "") -> list[str]:
+    """Dotted names of all keys of a configuration, or of a class of them, in order."""
+    hints = typing.get_type_hints(of if isinstance(of, type) else type(of))
     out = []
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        nested = typing.cast(type, hint)
-        out += keys(nested, f"{where}{f.name}.") if dataclasses.is_dataclass(hint) else [where + f.name]
+    for f in dataclasses.fields(of):
+        value = getattr(of, f.name, None)
+        hint = value if dataclasses.is_dataclass(value) else hints[f.name]
+        out += keys(hint, f"{where}{f.name}.") if dataclasses.is_dataclass(hint) else [where + f.name]
     return out
 
 
@@ -462,8 +679,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be a list like {hint}, got {value!r}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         return tuple(_coerce(v, t, f"{where}[{i}]") for i, (v, t) in enumerate(zip(value, inner)))
-    if origin in (typing.Union, types.UnionType):
-        return value
+    if origin in (typing.Union, types.UnionType):  # of models: that which has most of the keys
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a group of keys, got {value!r}")
+        held = [len(set(value) & {f.name for f in dataclasses.fields(arg)}) for arg in args]
+        return from_dict(value, args[held.index(max(held))], where + ".")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -477,6 +697,8 @@ def check(config: AnyConfig) -> None:
         _check_pretraining(config)
     elif isinstance(config, FinetuneConfig):
         _check_finetuning(config)
+    elif isinstance(config, VideoMAEConfig):
+        _check_videomae(config)
     else:
         _check_contrast(config)
 
@@ -484,17 +706,22 @@ def check(config: AnyConfig) -> None:
 def _check_pretraining(config: Config) -> None:
     m, d, t, o = config.model, config.data, config.train, config.optim
     _check_run(config)
-    side, (_, wh, ww) = d.crop // 32, m.window_size  # stage 4's map; the others are 2, 4 and 8 times as large
-    if m.quirks == "official" and t.images and (side % wh or side % ww):
-        raise ConfigError(
-            f"model.quirks 'official' cannot run images of data.crop {d.crop}: stage 4's map of {side}x{side} tokens "
-            f"must be a multiple of model.window_size {wh}x{ww}, which the official code never pads or clips (224 for "
-            "7x7); set quirks to 'clean'"
-        )
+    if isinstance(m, ViTConfig):
+        _check_masked_vit(config, m)
+    elif m.quirks == "official" and t.images:
+        side, (_, wh, ww) = d.crop // 32, m.window_size  # stage 4's map; the others are 2, 4 and 8 times as large
+        if side % wh or side % ww:
+            raise ConfigError(
+                f"model.quirks 'official' cannot run images of data.crop {d.crop}: stage 4's map of {side}x{side} "
+                f"tokens must be a multiple of model.window_size {wh}x{ww}, which the official code never pads or "
+                "clips (224 for 7x7); set quirks to 'clean'"
+            )
     if t.images and config.image_mask.kind != "block":
         raise ConfigError(f"image_mask.kind must be 'block', got {config.image_mask.kind!r}")
     if t.clips and config.clip_mask.kind == "block":
         raise ConfigError("clip_mask.kind 'block' is the image stream's; use 'tube' or one of Table 9's")
+    if t.clips and config.clip_mask.kind == "random_tube":
+        raise ConfigError("clip_mask.kind 'random_tube' is VideoMAE's; use 'tube' or one of Table 9's")
     if config.tokenizer.cache and not d.views:
         raise ConfigError(
             "tokenizer.cache keeps the codes of views that come back, but data.views = 0 cuts every sample anew: "
@@ -528,13 +755,54 @@ def _check_pretraining(config: Config) -> None:
         raise ConfigError("train.cuda_graphs needs the compiled encoder: set train.compile to 'yes' or 'auto'")
 
 
+def _check_masked_vit(config: Config, m: ViTConfig) -> None:
+    """A vision transformer as BEVT's encoder."""
+    if m.kind != "timesformer":
+        raise ConfigError(f"model.kind must be 'timesformer' or a Video Swin's where tokens are masked, got {m.kind!r}")
+    if m.patch != 16:
+        raise ConfigError(f"model.patch must be 16 where tokens are predicted, one of each patch, got {m.patch}")
+    unsaid = {"path": config.path == "reference", "train.memory_budget": bool(config.train.memory_budget)}
+    unsaid |= {"train.cuda_graphs": config.train.cuda_graphs}
+    for key, chosen in unsaid.items():
+        if chosen:
+            raise ConfigError(f"{key} is of BEVT with a Video Swin alone: leave it out with model.kind {m.kind!r}")
+
+
+def _check_videomae(config: VideoMAEConfig) -> None:
+    m, o, t = config.model, config.decoder, config.train
+    if m.kind != "videomae":
+        raise ConfigError(f"model.kind must be 'videomae' where pixels are predicted, got {m.kind!r}")
+    if t.images:
+        raise ConfigError("train.images must be 0: VideoMAE learns from clips")
+    _check_run(config)
+    if o.embed_dim < 1 or o.num_heads < 1 or o.depth < 1 or o.embed_dim % o.num_heads:
+        raise ConfigError(
+            f"decoder.num_heads = {o.num_heads} must divide decoder.embed_dim = {o.embed_dim}, and decoder.depth = "
+            f"{o.depth} be above 0"
+        )
+    if config.clip_mask.kind != "random_tube":
+        raise ConfigError(
+            "clip_mask.kind must be 'random_tube', since all clips have to hide as many patches, got "
+            f"{config.clip_mask.kind!r}"
+        )
+    if m.loss_impl != "auto":
+        raise ConfigError("model.loss_impl is the masked-token loss's: leave it out")
+    if m.drop_path:
+        raise ConfigError(f"model.drop_path = {m.drop_path:g} has no meaning where pixels are predicted: set it to 0")
+    for key in ("views", "image_source"):
+        if getattr(config.data, key) != getattr(DataConfig, key):
+            raise ConfigError(f"data.{key} has no meaning where pixels are predicted: leave it out")
+
+
 def _check_finetuning(config: FinetuneConfig) -> None:
     d, t, h, a = config.data, config.train, config.head, config.augment
     _check_run(config)
     if t.clips and t.images:
         raise ConfigError("train.clips and train.images: classes are learned of one stream, set one of them to 0")
     stream = config.stream
-    if t.images and config.model.window_size[0] != 1:
+    if t.images and isinstance(config.model, ViTConfig):
+        raise ConfigError(f"train.images: model.kind {config.model.kind!r} classifies clips; set train.clips instead")
+    if t.images and isinstance(config.model, ModelConfig) and config.model.window_size[0] != 1:
         raise ConfigError(
             f"model.window_size must be (1, h, w) where images are classified, got {config.model.window_size}"
         )
@@ -594,13 +862,7 @@ def _check_run(config: AnyConfig) -> None:
     """What every training needs."""
     m, d, t, o = config.model, config.data, config.train, config.optim
     check_frames(config)
-    if not len(m.depths) == len(m.num_heads) == 4:
-        raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
-    for i, heads in enumerate(m.num_heads):
-        if heads < 1 or (m.embed_dim << i) % heads:
-            raise ConfigError(
-                f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
-            )
+    _check_heads(m)
     if t.clips + t.images == 0:
         raise ConfigError("train.clips and train.images: at least one stream needs a batch above 0")
     for stream, what in (("clips", "videos"), ("images", "videos" if d.image_source == "frames" else "images")):
@@ -617,20 +879,58 @@ def _check_run(config: AnyConfig) -> None:
         raise ConfigError(f"optim.warmup_epochs = {o.warmup_epochs} is longer than optim.epochs = {o.epochs}")
 
 
+def _check_heads(m: AnyModel) -> None:
+    if isinstance(m, ViTConfig):
+        if m.embed_dim % m.num_heads:
+            raise ConfigError(f"model.num_heads = {m.num_heads} does not divide model.embed_dim = {m.embed_dim}")
+        if m.kind == "vivit_4" and m.num_heads % 2:
+            raise ConfigError(
+                f"model.num_heads = {m.num_heads} must be even: half of 'vivit_4' attend over space, half over time"
+            )
+        if m.kind == "timesformer" and m.tubelet != 1:
+            raise ConfigError(f"model.tubelet must be 1 of a 'timesformer', got {m.tubelet}")
+        return
+    if not len(m.depths) == len(m.num_heads) == 4:
+        raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
+    for i, heads in enumerate(m.num_heads):
+        if heads < 1 or (m.embed_dim << i) % heads:
+            raise ConfigError(
+                f"model.num_heads[{i}] = {heads} does not divide the {m.embed_dim << i} channels of stage {i + 1}"
+            )
+
+
 def check_frames(config: AnyConfig) -> None:
     """The part of `check` that matters where frames are read without a model, as for fitting a tokenizer."""
-    d = config.data
+    d, m = config.data, config.model
     _check_ranges(config)
-    if d.crop % 32:
-        raise ConfigError(f"data.crop must be a multiple of 32 (patch 4, three mergings), got {d.crop}")
+    if d.crop % m.multiple:
+        why = f"model.patch {m.patch}" if isinstance(m, ViTConfig) else "patch 4, three mergings"
+        raise ConfigError(f"data.crop must be a multiple of {m.multiple} ({why}), got {d.crop}")
     if d.short_side[0] < d.crop or d.short_side[1] < d.short_side[0]:
         raise ConfigError(
             f"data.short_side must be a range that starts at data.crop = {d.crop} or above, got {d.short_side}"
         )
     if d.crop_area != (0, 0) and not 0 < d.crop_area[0] <= d.crop_area[1] <= 1:
         raise ConfigError(f"data.crop_area must be a range above 0 and up to 1, or (0, 0) for none, got {d.crop_area}")
-    if d.frames % 2:
-        raise ConfigError(f"data.frames must be even (a token spans two frames), got {d.frames}")
+    if d.crop_scales and d.crop_area != (0, 0):
+        raise ConfigError("data.crop_scales and data.crop_area are two ways of one crop: set one of them")
+    for i, scale in enumerate(d.crop_scales):
+        if not 0 < scale <= 1:
+            raise ConfigError(f"data.crop_scales[{i}] must be above 0 and up to 1, got {scale}")
+    if d.frames % m.tubelet:
+        of = "even (a token spans two frames)" if m.tubelet == 2 else f"a multiple of model.tubelet = {m.tubelet}"
+        raise ConfigError(f"data.frames must be {of}, got {d.frames}")
+    if isinstance(m, ViTConfig) and m.kind == "timesformer" and d.frames < 2:
+        raise ConfigError("data.frames must be 2 or above: a 'timesformer' takes one frame for an image")
+
+
+def _lengths(m: AnyModel) -> dict[str, int]:
+    """Numbers of a model that count something, by key."""
+    if isinstance(m, ViTConfig):
+        names = ("depth", "num_heads", "patch", "tubelet", "temporal_depth")
+        return {name: getattr(m, name) for name in names}
+    named = {f"depths[{i}]": depth for i, depth in enumerate(m.depths)}
+    return {**named, **{f"window_size[{i}]": size for i, size in enumerate(m.window_size)}}
 
 
 def _check_ranges(config: AnyConfig) -> None:
@@ -639,8 +939,7 @@ def _check_ranges(config: AnyConfig) -> None:
     above_zero = {
         "model.embed_dim": m.embed_dim,
         "model.mlp_ratio": m.mlp_ratio,
-        **{f"model.depths[{i}]": depth for i, depth in enumerate(m.depths)},
-        **{f"model.window_size[{i}]": size for i, size in enumerate(m.window_size)},
+        **{f"model.{key}": value for key, value in _lengths(m).items()},
         "data.frames": d.frames,
         "data.stride": d.stride,
         "data.crop": d.crop,
@@ -687,6 +986,9 @@ def _check_ranges(config: AnyConfig) -> None:
             }
             if mask.tube[1] < mask.tube[0]:
                 raise ConfigError(f"{name}.tube must be a range, got {mask.tube}")
+    elif isinstance(config, VideoMAEConfig):
+        zero_or_above["train.eval_clips"] = config.train.eval_clips
+        shares["clip_mask.ratio"] = config.clip_mask.ratio
     elif isinstance(config, ContrastConfig):
         above_zero |= {"moby.queue": config.moby.queue, "moby.temperature": config.moby.temperature}
         shares["moby.momentum"] = config.moby.momentum
@@ -699,6 +1001,8 @@ def _check_ranges(config: AnyConfig) -> None:
             "optim.backbone_factor": p.backbone_factor,
             "train.eval_every": config.train.eval_every,
         }
+        above_zero["augment.repeats"] = a.repeats
+        shares |= {"augment.color": a.color, "augment.grey": a.grey}
         zero_or_above |= {
             f"augment.{name}": getattr(a, name) for name in ("rand_augment", "magnitude", "mixup", "cutmix")
         }

@@ -34,6 +34,8 @@ def generate(config: MaskConfig, seeds: np.ndarray, grid: tuple[int, int, int]) 
     where it fits (the paper's t..t+l). Either way lengths, and so the masked share, are the same.
     `frame_diff`: the tube's frames, an independent block mask in each.
     `random_frame`: as many frames as a tube would have, anywhere, all with one block mask.
+    `random_tube`: VideoMAE's, the same patches of all frames, drawn uniformly, `ratio` of them rounded down (176 of
+    14x14 at 0.9), in every sample as many.
     `random_3d`: patches uniform over the whole grid, as many as a tube hides on average when its blocks fill `ratio`
     (0.5 of 0.75 of the frames: 588 of 8x14x14), so that Table 9 compares shapes at one masked share. Neither the paper
     nor the official code gives a number.
@@ -57,11 +59,10 @@ def generate(config: MaskConfig, seeds: np.ndarray, grid: tuple[int, int, int]) 
     d, h, w = grid
     keys = draws.keys(seeds)
     if config.kind == "random_3d":
-        count = capacity(config, grid)
-        order = np.argpartition(draws.bits(draws.sequence(keys, _SPACE), np.arange(d * h * w)), count - 1, axis=1)
-        mask = np.zeros((len(keys), d * h * w), bool)
-        np.put_along_axis(mask, order[:, :count], True, axis=1)
-        return mask.reshape(-1, d, h, w)
+        return _scattered(draws.sequence(keys, _SPACE), capacity(config, grid), d * h * w).reshape(-1, d, h, w)
+    if config.kind == "random_tube":
+        frame = _scattered(draws.sequence(keys, _SPACE), capacity(config, grid) // d, h * w).reshape(-1, 1, h, w)
+        return frame.repeat(d, axis=1)
     if config.kind == "block":
         return _blocks(config, draws.sequence(keys, _SPACE), h, w)[:, None]
     frames = _frames(config, draws.sequence(keys, _TIME), d)
@@ -83,8 +84,18 @@ def capacity(config: MaskConfig, grid: tuple[int, int, int]) -> int:
     if config.kind == "random_3d":
         shortest, longest = _lengths(config, d)
         return max(1, round(config.ratio * (shortest + longest) / 2 * h * w))
+    if config.kind == "random_tube":
+        return d * int(config.ratio * h * w)
     frames = 1 if config.kind == "block" else _lengths(config, d)[1]
     return frames * _limit(config, h, w)
+
+
+def _scattered(keys: np.ndarray, count: int, places: int) -> np.ndarray:
+    """(n, places) bool: `count` of the places, uniformly."""
+    order = np.argpartition(draws.bits(keys, np.arange(places)), count - 1, axis=1)
+    mask = np.zeros((len(keys), places), bool)
+    np.put_along_axis(mask, order[:, :count], True, axis=1)
+    return mask
 
 
 def _limit(config: MaskConfig, h: int, w: int) -> int:
@@ -193,6 +204,14 @@ def _check(config: MaskConfig, grid: tuple[int, int, int]) -> None:
     if not 0 < config.tube[0] <= config.tube[1] <= 1:
         raise ConfigError(f"{stream}.tube must be a range inside (0, 1], got {config.tube}")
     if config.kind == "random_3d":
+        return
+    if config.kind == "random_tube":
+        hidden = int(config.ratio * h * w)
+        if not 0 < hidden < h * w:
+            raise ConfigError(
+                f"{stream}.ratio = {config.ratio} hides {hidden} of {h * w} patches of a frame {where}: some must be "
+                "hidden and some visible"
+            )
         return
     if not 0 < config.min_aspect <= 1:
         raise ConfigError(f"{stream}.min_aspect must lie in (0, 1], got {config.min_aspect}")

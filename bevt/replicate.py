@@ -8,7 +8,6 @@ frame repeated, shuffled, and reversed.
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
@@ -39,12 +38,6 @@ from bevt.tokenizers.vq import VQConfig
 from bevt.train.loop import hold
 from bevt.train.metrics import RunError
 from bevt.train.tokenizer import fit_tokenizer
-
-LABELLINGS = {"what": ("background", shapes.BACKGROUNDS), "how": ("motion", shapes.MOTIONS)}
-"""Column of the dataset's labels, whose last word is the class, and the classes."""
-
-COUNTS = {"train_clips": 540, "val_clips": 162, "train_images": 1080, "val_images": 162}
-"""Of clips multiples of 54, of motions times shapes: each motion equally often. Backgrounds are drawn at random."""
 
 PAPER_TIME = {
     "K400": "80.6 | 65.3 | 77.8",
@@ -89,7 +82,7 @@ MASKS = {
 
 def labellings(start: str) -> tuple[str, ...]:
     """On which it is finetuned; where masks are compared, motion alone."""
-    return ("how",) if start in MASKS else tuple(LABELLINGS)
+    return ("how",) if start in MASKS else tuple(shapes.LABELLINGS)
 
 
 @dataclass(frozen=True)
@@ -202,21 +195,6 @@ def _run(words: tuple[str, ...], log: Path) -> tuple[int, float]:
     raise AssertionError("a command ends by SystemExit")
 
 
-def write_labels(data: shapes.ShapesPaths) -> None:
-    """Lists of `path label` lines beside the dataset's folders: `what_train_clips.txt` and so on, four."""
-    folder = Path(data.labels).parent
-    with open(data.labels, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for labels, (column, classes) in LABELLINGS.items():
-        for split in ("train_clips", "val_clips"):
-            lines = [
-                f"{row['path']} {classes.index(row[column].split()[-1])}\n"
-                for row in rows
-                if row["path"].startswith(f"{split}/")
-            ]
-            (folder / f"{labels}_{split}.txt").write_text("".join(lines))
-
-
 ORDERINGS = (
     ("pretraining helps on motion: BEVT-I above random", "how", "bevt_i", "random"),
     ("pretraining helps on motion: BEVT above random", "how", "bevt", "random"),
@@ -278,7 +256,7 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
 
     made, counts = settings["made"], settings["counts"]
     minutes = sum(float((out / "done" / job.name).read_text()) for job in jobs) / made["cores"] / 60
-    chances = " and ".join(f"{100 / len(classes):.1f}" for _, classes in LABELLINGS.values())
+    chances = " and ".join(f"{100 / len(classes):.1f}" for _, classes in shapes.LABELLINGS.values())
     steps = settings["recipes"]["replicate_image_stage"]["optim"]["max_steps"]
     over = "mean and standard deviation over" if seeds > 1 else "of"
     lines = [
@@ -320,7 +298,7 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
         "| start, labelling | in order | one frame | shuffled | reversed |",
         "|---|---|---|---|---|",
     ]
-    for labels in LABELLINGS:
+    for labels in shapes.LABELLINGS:
         for name, start in STARTS.items():
             cells = " | ".join(cell(name, labels, order) for order in ORDERS)
             lines.append(f"| {start.title}, {labels} | {cells} |")
@@ -363,7 +341,7 @@ def settle(out: Path, counts: Mapping[str, int], steps: int, fit_steps: int) -> 
     """
     recipes = (replicate_image_stage(), replicate_joint_stage(), replicate_finetune())
     settings: dict[str, Any] = {
-        **{"shapes": shapes.VERSION, "counts": dict(counts), "labellings": LABELLINGS, "steps": steps},
+        **{"shapes": shapes.VERSION, "counts": dict(counts), "labellings": shapes.LABELLINGS, "steps": steps},
         "tokenizer": asdict(vq(fit_steps)),
         "starts": {name: asdict(start) for name, start in {**STARTS, **MASKS}.items()},
         "recipes": {recipe.recipe: to_dict(recipe) for recipe in recipes},
@@ -386,7 +364,7 @@ def settle(out: Path, counts: Mapping[str, int], steps: int, fit_steps: int) -> 
 
 
 def replicate(
-    out: Path, seeds: int = 3, *, counts: Mapping[str, int] = COUNTS, steps: int = 0, fit_steps: int = 400
+    out: Path, seeds: int = 3, *, counts: Mapping[str, int] = shapes.COUNTS, steps: int = 0, fit_steps: int = 400
 ) -> Path:
     """Everything, from rendering to the report in `out/report`, which is returned.
 
@@ -402,7 +380,7 @@ def replicate(
 def _replicate(out: Path, seeds: int, settings: Mapping[str, Any], steps: int, fit_steps: int) -> Path:
     console = Console(highlight=False, soft_wrap=True)
     data = shapes.ensure(out / "data", seed=0, **settings["counts"])
-    write_labels(data)
+    shapes.write_labels(data)
     tokenizer = out / "tokenizer.safetensors"
     if not tokenizer.exists():
         source = replicate_joint_stage()

@@ -10,19 +10,19 @@ from dataclasses import replace
 import pytest
 
 from bevt.config import Config, ConfigError, DataConfig, MaskConfig, TrainConfig, check, from_dict, keys, to_dict
-from bevt.recipes import RECIPES
+from bevt.recipes import ALL_RECIPES, RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALL_RECIPES)
 def test_recipes_survive_json(name: str) -> None:
-    config = RECIPES[name]()
+    config = ALL_RECIPES[name]()
     assert config.recipe == name
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config))), type(config)) == config
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALL_RECIPES)
 def test_recipes_run_once_data_is_named(name: str) -> None:
-    config = RECIPES[name]()
+    config = ALL_RECIPES[name]()
     check(replace(config, data=replace(config.data, clips="videos", images="images")))
 
 

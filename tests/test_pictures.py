@@ -177,7 +177,7 @@ def cells(picture: np.ndarray, t: int, size: int) -> list[np.ndarray]:
 def test_strip_greys_exactly_the_hidden_patches(tmp_path: Path) -> None:
     mask = masking.generate(MaskConfig(), np.array([3]), (4, 14, 14))[0].repeat(2, axis=0)
     mask[:, :, 0] = False  # the left edge stays visible: `cells` finds the frames by it
-    strip(tmp_path / "new" / "strip.png", flat_clip(8), mask, None, None, "a clip")
+    strip(tmp_path / "new" / "strip.png", flat_clip(8), mask, {}, "a clip")
     picture = pixels(tmp_path / "new" / "strip.png")
     for t in range(8):
         original, seen = cells(picture, t, 14 * 14)
@@ -194,7 +194,13 @@ def test_strip_shows_what_was_rebuilt_with_the_hidden_region_outlined(tmp_path: 
     true = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     predicted = true.clone()
     predicted[1, :, 14:42, 14:] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    strip(tmp_path / "strip.png", torch.from_numpy(frames), torch.from_numpy(mask), true, predicted, "a clip")
+    strip(
+        tmp_path / "strip.png",
+        torch.from_numpy(frames),
+        torch.from_numpy(mask),
+        {"true": true, "guess": predicted},
+        "a clip",
+    )
     picture = pixels(tmp_path / "strip.png")
     size, p = 192, 48
     *_, unmasked_true, unmasked_predicted = cells(picture, 0, size)
@@ -215,14 +221,14 @@ def test_strip_shows_what_was_rebuilt_with_the_hidden_region_outlined(tmp_path: 
 
 
 def test_strip_of_a_long_clip_skips_frames_evenly(tmp_path: Path) -> None:
-    strip(tmp_path / "strip.png", flat_clip(16), np.zeros((16, 14, 14), bool), None, None, "16 frames")
+    strip(tmp_path / "strip.png", flat_clip(16), np.zeros((16, 14, 14), bool), {}, "16 frames")
     picture = pixels(tmp_path / "strip.png")
     shown = [t for t in range(16) if where(picture, colour(t)).any()]
     assert shown == list(range(0, 16, 2))
 
 
 def test_strip_of_one_image(tmp_path: Path) -> None:
-    strip(tmp_path / "image.png", flat_clip(1, 64, 96), np.ones((1, 4, 6), bool), None, None, "an image")
+    strip(tmp_path / "image.png", flat_clip(1, 64, 96), np.ones((1, 4, 6), bool), {}, "an image")
     picture = pixels(tmp_path / "image.png")
     assert where(picture, colour(0)).sum() == 4 * 32 * 6 * 32
 
@@ -234,12 +240,12 @@ def test_strip_of_one_image(tmp_path: Path) -> None:
         ({"frames": np.zeros((0, 56, 56, 3), np.uint8)}, r"frames must be .*\(0, 56, 56, 3\)"),
         ({"mask": np.zeros((1, 4, 4), bool)}, r"mask must be \(2, h, w\) bool"),
         ({"mask": np.zeros((2, 4, 4))}, r"mask must be .*float64"),
-        ({"rebuilt_true": np.zeros((2, 56, 56, 3))}, r"rebuilt_true must be \(2, 3, gH, gW\)"),
-        ({"rebuilt_predicted": np.zeros((2, 3, 32, 32), np.uint8)}, r"rebuilt_predicted must be .*uint8"),
+        ({"rebuilt": {"the true\ncodes": np.zeros((2, 56, 56, 3))}}, r"'the true codes' must be \(2, 3, gH, gW\)"),
+        ({"rebuilt": {"guess": np.zeros((2, 3, 32, 32), np.uint8)}}, r"'guess' must be .*uint8"),
     ],
 )
 def test_strip_names_the_argument_that_does_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    good = {"frames": flat_clip(2), "mask": np.zeros((2, 4, 4), bool), "rebuilt_true": None, "rebuilt_predicted": None}
+    good = {"frames": flat_clip(2), "mask": np.zeros((2, 4, 4), bool), "rebuilt": {}}
     with pytest.raises(ValueError, match=message):
         strip(tmp_path / "strip.png", **(good | change), title="")
 

@@ -33,7 +33,7 @@ from benchmarks.problems.ops import Size3, allowed
 from benchmarks.registry import QUANTITIES, HeadCase, StepCase
 from bevt import masking
 from bevt.config import SIZES, Config, ModelConfig, plain, resized
-from bevt.models import video_swin
+from bevt.models import layers, video_swin
 from bevt.models.bevt import BEVT
 from bevt.models.names import to_torchvision
 from bevt.train.step import slots_for
@@ -70,7 +70,7 @@ class VideoSwinStep(Model):
         super().__init__(case, device)
         self.config = SIZES[case.size]
         torch.manual_seed(0)
-        model = self._model("reference").apply(video_swin.init_weights).to(device)
+        model = self._model("reference").apply(layers.init_weights).to(device)
         self.leaves = {name: leaf(p) for name, p in model.named_parameters()}
         self.clip = torch.randn(case.batch, 3, case.frames, case.side, case.side).to(device)
         grid = (case.frames // 2, case.side // 32, case.side // 32)

@@ -22,7 +22,7 @@ from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.models.bevt import CELL
 from bevt.models.region import compile_regions
-from bevt.recipes import RECIPES
+from bevt.recipes.pretrain import joint_stage
 from bevt.tokenizers import Tokenizer
 from bevt.tokenizers.cache import TokenCache
 from bevt.train.distributed import World
@@ -105,7 +105,7 @@ class TrainingStep(Model):
 
     def _config(self, path: str, precision: str = "", clips: int = 0, images: int = 0) -> Config:
         """The joint recipe at the case's size, as one micro-batch."""
-        base, case = RECIPES["joint_stage"](), self.case
+        base, case = joint_stage(), self.case
         clips, images = clips or case.batch, images or case.batch * case.images
         train: Any = {
             **{"clips": clips, "images": images, "micro_clips": clips, "micro_images": images},
@@ -258,6 +258,7 @@ class TrainingStep(Model):
     def work(self) -> dict[str, Work]:
         """Decoders, head and tokenizer at the masked positions and frames of the batch."""
         from bevt import budget
+        from bevt.train import memory
 
         config, case = self._config("fused"), self.case
         if case.tokenizer == "vq":
@@ -279,7 +280,7 @@ class TrainingStep(Model):
             training += passes * 2e9 * gmac
         flop = round(training) + self.tokenizing
         maps = [(len(x), (depth, CELL * h, CELL * w)) for x, (depth, h, w) in zip((clips, images), grids)]
-        excluded = sum(attention_flop(config.model, n, grid)[1] for n, grid in maps)
+        excluded = sum(attention_flop(memory.swin_of(config), n, grid)[1] for n, grid in maps)
         return {QUANTITIES[-1]: Work(flop, flop - 3 * excluded)}
 
     def spared(self, name: str) -> int:

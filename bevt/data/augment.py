@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bevt import draws
-
-MEAN = (123.675, 116.28, 103.53)
-"""Per-channel mean of ImageNet in RGB levels (0..255), as the official configuration has it."""
-STD = (58.395, 57.12, 57.375)
+from bevt.config import IMAGENET, Pixels
 
 LUMA = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in a grey version, torchvision's."""
@@ -31,6 +29,11 @@ _ERASING = 2**32 + 2
 _MIXING = 2**32 + 3
 """Likewise, mixing's."""
 
+_COLOR = 2**32 + 6
+"""Likewise, colour augmentation's."""
+
+_ORDERS = np.array(list(permutations(range(3))))
+
 _TRIES = 10
 """Boxes that random erasing draws; where none fits, nothing is erased."""
 
@@ -41,21 +44,21 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
-def normalize(frames: Tensor) -> Tensor:
-    """(..., H, W, 3) uint8 RGB -> (..., 3, H, W) float32, `(x - MEAN) / STD`, contiguous."""
-    mean = torch.tensor(MEAN, device=frames.device)
-    std = torch.tensor(STD, device=frames.device)
+def normalize(frames: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
+    """(..., H, W, 3) uint8 RGB -> (..., 3, H, W) float32, `(x - mean) / std`, contiguous."""
+    mean = torch.tensor(pixels.mean, device=frames.device)
+    std = torch.tensor(pixels.std, device=frames.device)
     return ((frames.float() - mean) / std).movedim(-1, -3).contiguous()
 
 
-def to_encoder_clips(clips: Tensor) -> Tensor:
+def to_encoder_clips(clips: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
     """(B, T, H, W, 3) uint8 -> (B, 3, T, H, W) float32, normalised."""
-    return normalize(clips).transpose(1, 2).contiguous()
+    return normalize(clips, pixels).transpose(1, 2).contiguous()
 
 
-def to_encoder_images(images: Tensor) -> Tensor:
+def to_encoder_images(images: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
     """(M, H, W, 3) uint8 -> (M, 3, H, W) float32, normalised."""
-    return normalize(images)
+    return normalize(images, pixels)
 
 
 @torch.no_grad()
@@ -86,6 +89,25 @@ def color_jitter(images: Tensor, params: Tensor) -> Tensor:
         x = (factor * x + (1 - factor) * other).clamp(0, top)
         x = x.floor() if whole else x
     return x.to(images.dtype)
+
+
+@torch.no_grad()
+def color_augment(clips: Tensor, seeds: np.ndarray, color: float, grey: float) -> Tensor:
+    """ViViT's colour augmentation of (B, T, H, W, 3) uint8, alike for all frames of a clip.
+
+    With probability `color` brightness, contrast and saturation change as in `color_jitter`, by factors uniform in 0.6
+    to 1.4 in an order of their own; then with probability `grey` colours are dropped. A function of each sample's seed
+    (B,). Scenic's (`dataset_lib/video_ops`) also turns the hue, and adds to the brightness instead of scaling it.
+    """
+    u = draws.uniform(draws.sequence(draws.keys(seeds), _COLOR), np.arange(6))
+    factors = np.where(u[:, :1] < color, 0.6 + 0.8 * u[:, 1:4], 1.0)
+    order = _ORDERS[(len(_ORDERS) * u[:, 4]).astype(np.int64)]
+    drawn = sent(np.column_stack([factors, order, u[:, 5] < grey]).astype(np.float32), clips.device)
+    b, t, h, w, _ = clips.shape
+    x = color_jitter(clips.reshape(b, t * h, w, 3), drawn[:, :6]).view(clips.shape)
+    luma = torch.tensor(LUMA, device=clips.device)
+    flat = (x.float() * luma).sum(-1, keepdim=True).floor().to(x.dtype).expand_as(x)
+    return torch.where(drawn[:, 6].view(-1, 1, 1, 1, 1) > 0, flat, x)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt.config import AnyConfig, Config, ConfigError, ContrastConfig, DataConfig, TrainConfig
+from bevt.config import AnyConfig, Config, ConfigError, ContrastConfig, DataConfig, FinetuneConfig, VideoMAEConfig
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.batch import BadFile, Batch
 from bevt.data.check import changed
@@ -82,7 +82,7 @@ def held_out_sources(config: AnyConfig) -> list[tuple[Kind, str]]:
     found = []
     for stream in STREAMS:
         source = getattr(config.data, f"val_{stream}")
-        scored = not isinstance(config.train, TrainConfig) or getattr(config.train, f"eval_{stream}")
+        scored = getattr(config.train, f"eval_{stream}", True)
         if source and scored and getattr(config.train, stream):
             found.append((source_kind(config.data, stream), source))
     return found
@@ -218,6 +218,8 @@ class StepLoader:
             config, config.train.clips > 0, config.train.images > 0, train=True, kept=kept, labels=labels
         )
         self._cuts = 2 if isinstance(config, ContrastConfig) else 1
+        if isinstance(config, FinetuneConfig):
+            self._cuts = config.augment.repeats
         self._labels = "" if labels is None else hashlib.sha256(labels.tobytes()).hexdigest()[:16]
         held_out = [probe_source(source, kind, kept=True) for kind, source in held_out_sources(config)]
         self.choice = choose_backend(config, self._samplers, prefer, held_out)
@@ -294,6 +296,7 @@ class StepLoader:
         """What decides a stream's fixed views, as JSON takes it: the files' names and sizes, the cut, the decoder."""
         keys = ["crop", "short_side", "flip", "views", "backend"]
         keys += ["crop_area"] if self.config.data.crop_area[1] else []
+        keys += ["crop_scales"] if self.config.data.crop_scales else []
         keys += ["frames", "stride", "sampling"] if stream == "clips" else ["jitter", "image_source"]
         values = {f"data.{key}": getattr(self.config.data, key) for key in keys}
         return {"fingerprint of the files": self._samplers[stream].manifest.fingerprint(), **values}
@@ -365,7 +368,7 @@ def _refused(bad: list[tuple[str, str]], total: int) -> str:
 
 
 def eval_batches(
-    config: Config, *, micro_clips: int | None = None, micro_images: int | None = None
+    config: Config | VideoMAEConfig, *, micro_clips: int | None = None, micro_images: int | None = None
 ) -> Generator[Batch, None, None]:
     """Held-out data, in a fixed order: `data.val_clips` in batches without images, then `data.val_images` alone.
 
@@ -376,15 +379,16 @@ def eval_batches(
     data, train = config.data, config.train
     held_out = dataclasses.replace(data, clips=data.val_clips, images=data.val_images)
     config = dataclasses.replace(config, data=held_out)
+    eval_images = getattr(train, "eval_images", 0)
     samplers = _samplers(
-        config, bool(data.val_clips and train.eval_clips), bool(data.val_images and train.eval_images), train=False
+        config, bool(data.val_clips and train.eval_clips), bool(data.val_images and eval_images), train=False
     )
 
     for stream, sampler in samplers.items():
         check_held_out(sampler.manifest, "auto", getattr(train, f"eval_{stream}"))
     sizes: dict[Stream, tuple[int, int]] = {
         "clips": (train.eval_clips, micro_clips or train.micro_clips),
-        "images": (train.eval_images, micro_images or train.micro_images),
+        "images": (eval_images, micro_images or train.micro_images),
     }
 
     def plans(stream: Stream) -> Iterator[Plan]:

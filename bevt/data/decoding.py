@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bevt import masking
-from bevt.config import AnyConfig, Config, DataConfig, MaskConfig, UserError
+from bevt.config import AnyConfig, Config, DataConfig, MaskConfig, UserError, VideoMAEConfig
 from bevt.data import DataError, pyav, torchcodec
 from bevt.data.files import ReadError
 from bevt.data.processes import context, end, initialize, undisturbed
@@ -72,10 +72,14 @@ class Masks:
         if isinstance(config, Config):
             side = config.data.crop // 16  # the map of stage 3, and the tokenizer's codes at half the resolution
             kinds: dict[Stream, tuple[MaskConfig, tuple[int, int, int]]] = {
-                "clips": (config.clip_mask, (config.data.frames // 2, side, side)),
+                "clips": (config.clip_mask, (config.data.frames // config.model.tubelet, side, side)),
                 "images": (config.image_mask, (1, side, side)),
             }
             self.kinds = {stream: kinds[stream] for stream in masked}
+        elif isinstance(config, VideoMAEConfig):
+            side = config.data.crop // config.model.patch
+            grid = config.data.frames // config.model.tubelet, side, side
+            self.kinds = {stream: (config.clip_mask, grid) for stream in masked}
         for mask, grid in self.kinds.values():
             masking.capacity(mask, grid)  # raises here, not in a worker
 

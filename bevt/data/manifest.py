@@ -23,7 +23,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from bevt.data import DataError
+from bevt.data import DataError, shapes
 from bevt.data.entry import EXTENSIONS, Entry, Kind, dump, located, parse
 from bevt.data.files import File
 from bevt.data.probe import passing, probe, probe_all
@@ -183,13 +183,15 @@ class Manifest:
 
 
 def probe_source(path: str, kind: Kind, *, progress: Progress | None = None, kept: bool = False) -> Manifest:
-    """The manifest of what a configuration names: a manifest (`.jsonl`), or anything that `bevt.data.sources` reads.
+    """The manifest of what a configuration names: a manifest (`.jsonl`), anything that `bevt.data.sources` reads, or
+    the embedded dataset (`shapes.located`).
 
     What is no manifest is indexed on the fly; the result is kept in `.bevt_manifest_<kind>.jsonl` inside the folder
     (for a file: `.<name>.bevt_manifest_<kind>.jsonl` beside it), or in the user's cache folder where that is not
     writable. With `kept`, a manifest that is there is taken as it is: another process has just made it. Raises
     DataError as `index`.
     """
+    path = shapes.located(path, kind)
     if path.endswith(".jsonl"):
         manifest = Manifest.load(path)
         if manifest.kind != kind:

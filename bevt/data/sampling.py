@@ -40,6 +40,9 @@ _ATTEMPTS = 10
 _ASPECT = 4 / 3
 """RandomResizedCrop's largest width over height; the least is its inverse."""
 
+_QUARTERS = tuple((y, x) for y in range(5) for x in range(5) if y % 2 == x % 2)
+"""Places of the multi-scale crop, in quarters of the way down and right: 9 on the even lines, 4 between them."""
+
 _WORTH_SEEKING = 12
 """Frames that a jump to a key frame in the middle of a clip has to save; about what a jump costs."""
 
@@ -109,7 +112,8 @@ class Sampler:
 
     The short side is drawn uniformly from `data.short_side` (both ends included), the crop and the flip uniformly;
     images also draw three jitter factors and their order. With `data.crop_area` a box of random area and aspect is cut
-    out instead and resized to the crop's size (RandomResizedCrop, as mmaction has it). With `train=False`: files in
+    out instead and resized to the crop's size (RandomResizedCrop, as mmaction has it), with `data.crop_scales` one of
+    TSN's multi-scale crop. With `train=False`: files in
     their own order, the middle of the video (of each part), the smaller of `data.short_side`, the centre crop, no flip
     and no jitter.
 
@@ -172,6 +176,8 @@ class Sampler:
         frames = self._frames(entry, u if self.train else None, 0.5) if self.manifest.kind == "clips" else (0,)
         if self.train and data.crop_area[1]:
             resize, crop = _box(entry, data, u)
+        elif self.train and data.crop_scales:
+            resize, crop = _multi_scale(entry, data, u)
         else:
             resize = height, width = _resized(entry, shortest + (below(longest - shortest + 1, 1) if self.train else 0))
             crop = below(height - data.crop + 1, 2), below(width - data.crop + 1, 3)
@@ -322,7 +328,29 @@ def _box(entry: Entry, data: DataConfig, u: np.ndarray) -> tuple[tuple[int, int]
     else:
         high = wide = min(height, width)
         top, left = (height - high) // 2, (width - wide) // 2
-    resize = round(height * data.crop / high), round(width * data.crop / wide)
+    return _cut_out(entry, data, (top, left, high, wide))
+
+
+def _multi_scale(entry: Entry, data: DataConfig, u: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """TSN's multi-scale crop as (whole frame's size, place of the crop in it) after the resize.
+
+    Height and width are shares of the short side, whose places in the list of scales differ by one at most; the place
+    is one of 13 of a grid of quarters of what is left (VideoMAE `transforms.py`, `GroupMultiScaleCrop`).
+    """
+    scales, shortest = data.crop_scales, min(entry.height, entry.width)
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    high, wide = (max(1, int(shortest * scale)) for scale in pairs[int(u[1] * len(pairs))])
+    down, right = _QUARTERS[int(u[2] * len(_QUARTERS))]
+    top, left = (entry.height - high) // 4 * down, (entry.width - wide) // 4 * right
+    return _cut_out(entry, data, (top, left, high, wide))
+
+
+def _cut_out(entry: Entry, data: DataConfig, box: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size of the whole frame, and the place of the crop in it, with which a box (top, left, height, width) of the
+    frame becomes the crop.
+    """
+    top, left, high, wide = box
+    resize = round(entry.height * data.crop / high), round(entry.width * data.crop / wide)
     place = (round(top * data.crop / high), round(left * data.crop / wide))
     return resize, (min(place[0], resize[0] - data.crop), min(place[1], resize[1] - data.crop))
 

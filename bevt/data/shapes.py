@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -47,6 +48,16 @@ COLOURS = {
     "grey": (128, 128, 132),
     "white": (236, 234, 228),
 }
+
+LABELLINGS = {"what": ("background", BACKGROUNDS), "how": ("motion", MOTIONS)}
+"""Column of the labels, whose last word is the class, and the classes: what one frame tells, and what none does."""
+
+COUNTS: dict[str, Any] = {"train_clips": 540, "val_clips": 162, "train_images": 1080, "val_images": 162}
+"""Of `bevt replicate` and of sources named `shapes:`. Of clips multiples of 54, of motions times shapes: each motion
+equally often. Backgrounds are drawn at random."""
+
+PREFIX = "shapes:"
+"""Of a source that is this dataset."""
 
 _SINE = np.array([round(1024 * math.sin(2 * math.pi * i / 256)) for i in range(256)])
 _Y, _X = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.int32) * 16 + 8  # centres of pixels
@@ -199,6 +210,46 @@ def ensure(
         writer.writerows(rows)
     stamp.write_text(json.dumps({"version": VERSION, "seed": seed, **counts}) + "\n", encoding="utf-8")
     return paths
+
+
+def write_labels(data: ShapesPaths) -> None:
+    """Lists of `path label` lines beside the folders: `what_train_clips.txt` and so on, four."""
+    folder = Path(data.labels).parent
+    with open(data.labels, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for labels, (column, classes) in LABELLINGS.items():
+        for split in ("train_clips", "val_clips"):
+            lines = [
+                f"{row['path']} {classes.index(row[column].split()[-1])}\n"
+                for row in rows
+                if row["path"].startswith(f"{split}/")
+            ]
+            text, path = "".join(lines), folder / f"{labels}_{split}.txt"
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+
+
+def located(source: str, kind: Literal["clips", "images"]) -> str:
+    """The folder or list that a source `shapes:SPLIT` or `shapes:SPLIT:LABELS` is; any other source as it is.
+
+    SPLIT is train or val, LABELS what or how, of clips. The dataset is rendered where it is not there yet (a minute),
+    into the user's cache folder (`$XDG_CACHE_HOME/bevt`, else `~/.cache/bevt`). Raises DataError as `ensure`, and for a
+    name that is none of these.
+    """
+    if not source.startswith(PREFIX):
+        return source
+    split, _, labels = source.removeprefix(PREFIX).partition(":")
+    if split not in ("train", "val") or labels not in ("", *LABELLINGS) or (labels and kind == "images"):
+        raise DataError(
+            f"{source}: of the embedded dataset there are {PREFIX}train and {PREFIX}val, and of clips with labels "
+            f"{PREFIX}train:how, {PREFIX}val:how, {PREFIX}train:what and {PREFIX}val:what"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevt"
+    paths = ensure(cache, 0, **COUNTS)
+    if not labels:
+        return str(getattr(paths, f"{split}_{kind}"))
+    write_labels(paths)
+    return str(Path(paths.labels).parent / f"{labels}_{split}_clips.txt")
 
 
 def _background(what: Scene) -> np.ndarray:

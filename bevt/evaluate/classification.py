@@ -112,7 +112,8 @@ def _name(entry: Entry) -> str:
 
 def _outputs(model: nn.Module, config: FinetuneConfig, views: Tensor, device: torch.device) -> Tensor:
     """(heads, views, classes) float32 softmax outputs of uint8 views."""
-    pixels = augment.to_encoder_clips(views) if views.ndim == 5 else augment.to_encoder_images(views)
+    encode = augment.to_encoder_clips if views.ndim == 5 else augment.to_encoder_images
+    pixels = encode(views, config.model.pixels)
     with autocast(config, device):
         logits = model(pixels)
     return logits.double().softmax(-1).float().view(-1, len(views), logits.shape[-1])

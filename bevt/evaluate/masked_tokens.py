@@ -9,12 +9,12 @@ from torch import Tensor
 
 from bevt.config import Config
 from bevt.data.build import eval_batches
-from bevt.models.bevt import BEVT, PATCH
+from bevt.models.bevt import MaskedTokens
 from bevt.tokenizers import Tokenizer
 from bevt.train.step import autocast, masked_inputs
 
 
-def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
+def evaluate(config: Config, model: MaskedTokens, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
     """Score the held-out samples that `config.data.val_*` and `config.train.eval_*` name.
 
     Of each stream present: `val_loss_*` (nats) and `val_accuracy_*`, means over all masked positions of all samples;
@@ -34,7 +34,7 @@ def evaluate(config: Config, model: BEVT, tokenizer: Tokenizer, device: torch.de
                     x = inputs[stream]
                     with autocast(config, device):
                         loss, accuracy = model.stream_loss(stream, x)
-                    mask = x.mask.repeat_interleave(PATCH[0], dim=1) if stream == "clips" else x.mask
+                    mask = x.mask.repeat_interleave(config.model.tubelet, dim=1) if stream == "clips" else x.mask
                     codes = x.codes[mask]
                     counts[stream] += torch.bincount(codes, minlength=tokenizer.vocab_size)
                     sums[stream] += torch.stack([loss, accuracy]).double() * len(codes)

@@ -3,8 +3,10 @@
 Shape letters: B clips, M images, T frames, D = T / 2, H W the first stage's map in tokens (pixels / 4), h w the grid of
 the targets (pixels / 16), C channels of the first stage, V codes, K slots for masked positions.
 
-Both streams share the encoder, the mask token, the last LayerNorm and the head; the patch embeddings and the decoders
-are their own. Everything outside the encoder is linear. In training decoders and head see masked positions alone.
+Both streams share the encoder, the mask token, the last LayerNorm and the head. With a Video Swin (`BEVT`) the patch
+embeddings and the decoders are their own. Everything outside the encoder is linear. In training decoders and head see
+masked positions alone. With a TimeSformer (`TimeSformerBEVT`; paper, Table 8) tokens are the targets' positions, so
+that there is no decoder; images are clips of one frame, over which nothing attends in time.
 """
 
 from __future__ import annotations
@@ -18,17 +20,12 @@ from bevt_kernels import Spec, linear, masked_linear_cross_entropy, resolve
 from einops import rearrange
 from torch import Tensor, nn
 
-from bevt.config import Impl, ModelConfig
-from bevt.models.linear import Linear
-from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights, resolved
+from bevt.config import AnyModel, Impl, ModelConfig, ViTConfig
+from bevt.models import vit
+from bevt.models.layers import Linear, init_weights
+from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, resolved
 
 Stream = Literal["clips", "images"]
-
-OWN_PARTS: dict[Stream, tuple[str, ...]] = {
-    "clips": ("patch_embed", "video_decoder"),
-    "images": ("patch_embed_2d", "image_decoder"),
-}
-"""The children of `BEVT` that only one stream uses."""
 
 CELL = 4
 """Tokens of the first stage along one side of a target position (16 pixels)."""
@@ -130,13 +127,64 @@ class VideoDecoder(ImageDecoder):
         return self.frames(x) if tokens is None else self.frames.cells(x)
 
 
-class BEVT(nn.Module):
-    """Masked token prediction on clips, on images, or on both with one encoder.
+class MaskedTokens(nn.Module):
+    """Masked token prediction on clips, on images, or on both with one encoder: what does not depend on the encoder.
 
     `streams` says which parts exist, so that a run of one stream has no idle parameters. `device` and `dtype` are those
     that the forward pass will run on and in: the ops' implementations are resolved for them once, here, into
     `implementations`. Raises `bevt_kernels.NoImplementation` where one that the configuration names cannot serve.
     """
+
+    implementations: dict[str, str]
+    encoder: nn.Module
+    norm: nn.LayerNorm
+    head: nn.Linear
+
+    def __init__(self, vocab_size: int, streams: Sequence[Stream]) -> None:
+        super().__init__()
+        if not streams or not set(streams) <= {"clips", "images"}:
+            raise ValueError(f"streams must name 'clips', 'images' or both, got {tuple(streams)}")
+        self.vocab_size, self.streams = vocab_size, tuple(streams)
+
+    def _resolve_loss(self, config: AnyModel, device: torch.device | str, dtype: torch.dtype) -> None:
+        spec = Spec(torch.device(device).type, dtype, needs_grad=True, classes=self.vocab_size)
+        loss = "masked_linear_cross_entropy"
+        self.implementations[loss] = resolve(loss, config.loss_impl, spec)
+
+    def own_parts(self, stream: Stream) -> list[nn.Module]:
+        """The children that only one stream uses."""
+        return []
+
+    def own_parameters(self, stream: Stream) -> list[nn.Parameter]:
+        """All parameters that only one stream uses."""
+        return [p for part in self.own_parts(stream) for p in part.parameters()]
+
+    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor, drop: Tensor | None = None) -> Tensor:
+        """What the head reads at every position: clips (B, T, h, w, C), images (M, h, w, C). As in `MaskedInput`."""
+        raise NotImplementedError
+
+    def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy (nats) over the micro-batch's masked positions and their top-1 accuracy; scalars."""
+        raise NotImplementedError
+
+    def forward(self, clips: MaskedInput | None = None, images: MaskedInput | None = None) -> dict[str, Tensor]:
+        """`loss_clips`, `accuracy_clips`, `loss_images`, `accuracy_images` of the streams given, as device scalars."""
+        out = {}
+        for stream, inputs in (("clips", clips), ("images", images)):
+            if inputs is not None:
+                out[f"loss_{stream}"], out[f"accuracy_{stream}"] = self.stream_loss(stream, inputs)  # type: ignore[arg-type]
+        return out
+
+    def predict(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Most likely code of every position, int64: clips (B, T, h, w), images (M, h, w)."""
+        with torch.no_grad():
+            return self.head(self.decode(stream, pixels, mask)).argmax(-1)
+
+
+class BEVT(MaskedTokens):
+    """With a Video Swin. Arguments and errors as of `MaskedTokens`."""
+
+    encoder: VideoSwin
 
     def __init__(
         self,
@@ -147,16 +195,11 @@ class BEVT(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        if not streams or not set(streams) <= {"clips", "images"}:
-            raise ValueError(f"streams must name 'clips', 'images' or both, got {tuple(streams)}")
+        super().__init__(vocab_size, streams)
         config, self.implementations = resolved(config, device, dtype)
-        spec = Spec(torch.device(device).type, dtype, needs_grad=True, classes=vocab_size)
-        loss = "masked_linear_cross_entropy"
-        self.implementations[loss] = resolve(loss, config.loss_impl, spec)
+        self._resolve_loss(config, device, dtype)
         linear_impl = config.linear_impl
-        dim = config.embed_dim * 8
-        self.vocab_size, self.streams = vocab_size, tuple(streams)
+        dim = config.channels
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
         # Modules in the order of the forward pass: a diagnosis by parameter order (bevt.train.step) relies on it.
         if "clips" in streams:
@@ -172,6 +215,12 @@ class BEVT(nn.Module):
         self.head = nn.Linear(dim, vocab_size)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def own_parts(self, stream: Stream) -> list[nn.Module]:
+        """Its patch embedding and decoder."""
+        if stream == "clips":
+            return [self.patch_embed, self.video_decoder]
+        return [self.patch_embed_2d, self.image_decoder]
 
     def encode(self, stream: Stream, pixels: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the decoders read, stages 3 and 4: (B, D, h, w, 4C) and (B, D, h/2, w/2, 8C); D = 1 for images.
@@ -233,15 +282,62 @@ class BEVT(nn.Module):
         x3, x4 = self.encode(stream, inputs.pixels, inputs.mask, inputs.drop)
         return self.masked_loss(stream, x3, x4, inputs.mask, inputs.codes, inputs.slots)
 
-    def forward(self, clips: MaskedInput | None = None, images: MaskedInput | None = None) -> dict[str, Tensor]:
-        """`loss_clips`, `accuracy_clips`, `loss_images`, `accuracy_images` of the streams given, as device scalars."""
-        out = {}
-        for stream, inputs in (("clips", clips), ("images", images)):
-            if inputs is not None:
-                out[f"loss_{stream}"], out[f"accuracy_{stream}"] = self.stream_loss(stream, inputs)  # type: ignore[arg-type]
-        return out
 
-    def predict(self, stream: Stream, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Most likely code of every position, int64: clips (B, T, h, w), images (M, h, w)."""
-        with torch.no_grad():
-            return self.head(self.decode(stream, pixels, mask)).argmax(-1)
+class TimeSformerBEVT(MaskedTokens):
+    """With a TimeSformer; `grid` is the (D, h, w) of clips in tokens. Arguments and errors as of `MaskedTokens`.
+
+    A masked patch is replaced after the patch embedding, before its positions are added, by the mask token. A run of
+    images alone has no parts that attend over time.
+    """
+
+    encoder: vit.VideoTransformer
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        vocab_size: int,
+        streams: Sequence[Stream] = ("clips", "images"),
+        *,
+        grid: tuple[int, int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(vocab_size, streams)
+        config, self.implementations = vit.resolved(config, device, dtype)
+        self._resolve_loss(config, device, dtype)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.encoder = vit.VideoTransformer(config, grid, still="clips" not in streams)
+        self.norm = nn.LayerNorm(config.embed_dim, vit.EPS)
+        self.head = nn.Linear(config.embed_dim, vocab_size)
+        self.encoder.reset_parameters()
+        init_weights(self.head)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def own_parameters(self, stream: Stream) -> list[nn.Parameter]:
+        """Of clips those that know of time."""
+        named = self.encoder.named_parameters() if stream == "clips" else ()
+        return [p for name, p in named if name == "time_embed" or ".temporal_" in name]
+
+    def decode(self, stream: Stream, pixels: Tensor, mask: Tensor, drop: Tensor | None = None) -> Tensor:
+        """As `MaskedTokens.decode`. Raises ValueError where the mask's grid is not the pixels' in tokens."""
+        clips = stream == "clips"
+        x = self.encoder.patches(pixels)
+        if mask.flatten(-2).shape != (x.shape[:3] if clips else (len(x), x.shape[2])):
+            raise ValueError(
+                f"{stream}: the mask is {tuple(mask.shape)}, but pixels {tuple(pixels.shape)} are "
+                f"{tuple(x.shape[1:3])} tokens (depth, height * width)"
+            )
+        tokens = self.encoder(x, drop, hidden=mask.view(x.shape[:3]), mask_token=self.mask_token)[:, 1:]
+        return self.norm(tokens).view(*mask.shape, -1)
+
+    def stream_loss(self, stream: Stream, inputs: MaskedInput) -> tuple[Tensor, Tensor]:
+        """As `MaskedTokens.stream_loss`."""
+        index = masked_slots(inputs.mask, inputs.slots)
+        return masked_linear_cross_entropy(
+            self.decode(stream, inputs.pixels, inputs.mask, inputs.drop).flatten(0, -2),
+            self.head.weight,
+            self.head.bias,
+            inputs.codes.flatten().index_select(0, index.clamp(min=0)),
+            index,
+            impl=self.implementations["masked_linear_cross_entropy"],
+        )

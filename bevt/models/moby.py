@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevt.config import ModelConfig, UserError
-from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, init_weights, resolved
+from bevt.models.layers import init_weights
+from bevt.models.video_swin import PATCH, PatchEmbed, VideoSwin, resolved
 
 HIDDEN, FEATURES = 4096, 256
 """Widths of the heads: hidden and output."""

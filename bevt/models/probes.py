@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevt.models.classifier import VideoSwinClassifier
-from bevt.models.video_swin import init_weights
+from bevt.models.classifier import Classifier
+from bevt.models.layers import init_weights
 
 HEAD_DIM = 64
 """Channels of a head of the attentive probe."""
@@ -57,7 +57,7 @@ class Probes(nn.Module):
     `kinds` names each head's: "linear" or "attentive".
     """
 
-    def __init__(self, backbone: VideoSwinClassifier, kinds: Sequence[str]) -> None:
+    def __init__(self, backbone: Classifier, kinds: Sequence[str]) -> None:
         super().__init__()
         classes = backbone.head.out_features
         self.backbone, self.implementations = backbone.requires_grad_(False), backbone.implementations
@@ -69,7 +69,7 @@ class Probes(nn.Module):
             head.apply(init_weights)
 
     def forward(self, pixels: Tensor, drop: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Pixels as `VideoSwinClassifier.features` takes them -> (heads, B, K) logits. Frozen features drop nothing."""
+        """Pixels as the backbone's `features` takes them -> (heads, B, K) logits. Frozen features drop nothing."""
         with torch.no_grad():
-            tokens = self.backbone.features(pixels).flatten(1, 3)
+            tokens = self.backbone.features(pixels)
         return torch.stack([head(tokens) for head in self.heads])

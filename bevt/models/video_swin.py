@@ -24,7 +24,7 @@ from bevt_kernels import Spec, resolve, window_attention
 from torch import Tensor, nn
 
 from bevt.config import Impl, ModelConfig
-from bevt.models.linear import Linear
+from bevt.models.layers import MLP, Linear, add_branch
 from bevt.models.region import Region
 
 Size3 = tuple[int, int, int]
@@ -53,17 +53,6 @@ def clip_window(size: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]
     clipped = [(s, 0) if s <= w else (w, o) for s, w, o in zip(size, window, shift)]
     (wd, od), (wh, oh), (ww, ow) = clipped
     return (wd, wh, ww), (od, oh, ow)
-
-
-def drop_path_rates(config: ModelConfig) -> list[float]:
-    """Probability with which each block's branches are dropped: from 0 up to `config.drop_path`, linearly."""
-    blocks = sum(config.depths)
-    return [config.drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
-
-
-def add_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    """`x` and a residual branch (B, D, H, W, C), the latter times each sample's `factor` (B,): drop path's."""
-    return x + branch if factor is None else torch.addcmul(x, branch, factor.view(-1, 1, 1, 1, 1))
 
 
 class PatchEmbed(Region):
@@ -148,20 +137,6 @@ class WindowAttention3D(nn.Module):
         return (1, wh, ww), shift, None if any(self.shift) else (shift[1], shift[2])
 
 
-class MLP(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, config: ModelConfig, dim: int) -> None:
-        super().__init__()
-        hidden = int(dim * config.mlp_ratio)
-        self.fc1 = Linear(dim, hidden, impl=config.linear_impl)
-        self.fc2 = Linear(hidden, dim, impl=config.linear_impl)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class SwinBlock(Region):
     """Attention and MLP, each behind a LayerNorm and around a residual connection."""
 
@@ -170,7 +145,7 @@ class SwinBlock(Region):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention3D(config, dim, num_heads, shift)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(config, dim)
+        self.mlp = MLP(dim, int(dim * config.mlp_ratio), impl=config.linear_impl)
 
     def body(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
         """(B, D, H, W, C) -> (B, D, H, W, C). `drop` (2, B): factors of attention and MLP (`VideoSwin.forward`)."""
@@ -238,11 +213,3 @@ class VideoSwin(nn.Module):
             outputs.append(output)
             factors = factors[depth:]
         return outputs
-
-
-def init_weights(module: nn.Module) -> None:
-    """The official rule, for `Module.apply`: linear weights truncated normal (0.02), their biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

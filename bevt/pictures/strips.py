@@ -5,7 +5,7 @@ Letters: T frames, H x W pixels, h x w patches of a frame, p pixels of a patch i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +34,18 @@ def strip(
     out: Path,
     frames: np.ndarray | Tensor,
     mask: np.ndarray | Tensor,
-    rebuilt_true: np.ndarray | Tensor | None,
-    rebuilt_predicted: np.ndarray | Tensor | None,
+    rebuilt: Mapping[str, np.ndarray | Tensor],
     title: str,
 ) -> None:
     """One clip (or, with T = 1, one image) as a PNG, a row each:
 
-    the frames; the frames with the hidden patches grey; what the tokenizer rebuilds from the true codes; what it
-    rebuilds when the hidden positions have the codes the model predicts. The hidden region is outlined in the last two.
+    the frames; the frames with the hidden patches grey; what was rebuilt, with the hidden region outlined.
 
     Args:
         out: the PNG; its folder is made where it is missing.
         frames: (T, H, W, 3) uint8, RGB.
         mask: (T, h, w) bool, True = hidden; repeat the token grid's mask over the frames of a token first.
-        rebuilt_true: (T, 3, gH, gW) float in [0, 1], any size; None leaves the row out.
-        rebuilt_predicted: likewise.
+        rebuilt: by the row's label, (T, 3, gH, gW) float in [0, 1], any size.
         title: one line above the picture.
 
     Raises:
@@ -66,15 +63,11 @@ def strip(
         ("original", whole),
         ("what the\nencoder sees", [_paint(f, m, GREY) for f, m in zip(whole, hidden)]),
     ]
-    for name, label, rebuilt in (
-        ("rebuilt_true", "rebuilt from\nthe true codes", rebuilt_true),
-        ("rebuilt_predicted", "hidden codes\nas predicted", rebuilt_predicted),
-    ):
-        if rebuilt is None:
-            continue
-        pixels = _array(rebuilt)
+    for label, given in rebuilt.items():
+        pixels = _array(given)
         if pixels.ndim != 4 or pixels.shape[:2] != (len(frames), 3) or pixels.dtype.kind != "f":
-            raise ValueError(f"{name} must be ({len(frames)}, 3, gH, gW) float, got {pixels.shape} {pixels.dtype}")
+            name = " ".join(label.split())
+            raise ValueError(f"{name!r} must be ({len(frames)}, 3, gH, gW) float, got {pixels.shape} {pixels.dtype}")
         colours = (pixels[shown].clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
         rows.append((label, [_paint(resize(f, size), _edge(m), EDGE) for f, m in zip(colours, hidden)]))
     save(sheet(title, rows, [f"frame {t}" for t in shown] if len(frames) > 1 else [""]), out)

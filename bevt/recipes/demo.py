@@ -1,10 +1,32 @@
-"""The two stages at a size that two CPU cores finish in minutes, on the embedded dataset `shapes` (`bevt demo`)."""
+"""Sizes that two CPU cores finish in minutes, on the embedded dataset `shapes`: BEVT's two stages (`bevt demo`), and
+the other systems by their own commands.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from bevt.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from bevt.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneTrainConfig,
+    HeadConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    TestConfig,
+    TokenizerConfig,
+    TrainConfig,
+    VideoMAEConfig,
+    VideoMAETrainConfig,
+    ViTConfig,
+)
+
+IMAGES = ModelConfig(embed_dim=48, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=(1, 6, 6), drop_path=0.0)
 
 
 def demo_image_stage() -> Config:
@@ -14,9 +36,7 @@ def demo_image_stage() -> Config:
     """
     return Config(
         recipe="demo_image_stage",
-        model=ModelConfig(
-            embed_dim=48, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=(1, 6, 6), drop_path=0.0
-        ),
+        model=IMAGES,
         tokenizer=TokenizerConfig(kind="vq"),
         image_mask=MaskConfig(kind="block", min_block=4),
         clip_mask=MaskConfig(kind="tube", min_block=4),
@@ -35,7 +55,107 @@ def demo_joint_stage() -> Config:
     return replace(
         base,
         recipe="demo_joint_stage",
-        model=replace(base.model, window_size=(8, 6, 6)),
+        model=replace(IMAGES, window_size=(8, 6, 6)),
         optim=replace(base.optim, lr=1e-3, max_steps=120),
         train=replace(base.train, clips=4, images=16, micro_clips=4, micro_images=16, checkpoint_every=40),
+    )
+
+
+VIT = ViTConfig(embed_dim=128, depth=4, num_heads=4)
+"""Of all kinds: 4 x 7 x 7 tokens of a clip with tubes, 8 x 7 x 7 without."""
+
+SHAPES = DataConfig(
+    clips="shapes:train",
+    images="shapes:train",
+    val_clips="shapes:val",
+    val_images="shapes:val",
+    frames=8,
+    stride=4,
+    short_side=(112, 128),
+    crop=112,
+    flip=0.0,
+    jitter=0.0,
+    workers=0,
+    backend="pyav",
+)
+"""Without flips, which would turn left into right."""
+
+
+def videomae_demo() -> VideoMAEConfig:
+    """VideoMAE's pretraining on the embedded dataset.
+
+    Command: bevt pretrain videomae_demo --out runs/videomae_demo
+    """
+    return VideoMAEConfig(
+        recipe="videomae_demo",
+        model=VIT,
+        decoder=DecoderConfig(embed_dim=64, depth=2, num_heads=2),
+        clip_mask=MaskConfig(kind="random_tube", ratio=0.75),
+        data=SHAPES,
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), clip_grad=1.0, max_steps=1000, epochs=1, warmup_epochs=0.1),
+        train=VideoMAETrainConfig(
+            clips=16, images=0, micro_clips=16, precision="float32", checkpoint_every=100, keep=1
+        ),
+    )
+
+
+def timesformer_demo_image() -> Config:
+    """BEVT-I with a TimeSformer on the embedded dataset's stills.
+
+    Command: bevt tokenizer fit --data.clips shapes:train --data.images shapes:train --out runs/tokenizer.safetensors
+    Command, then: bevt pretrain timesformer_demo_image --tokenizer.path runs/tokenizer.safetensors
+    --out runs/timesformer_demo_image
+    """
+    return Config(
+        recipe="timesformer_demo_image",
+        model=replace(VIT, kind="timesformer", tubelet=1),
+        tokenizer=TokenizerConfig(kind="vq"),
+        image_mask=MaskConfig(kind="block", min_block=4),
+        clip_mask=MaskConfig(kind="tube", min_block=4),
+        data=SHAPES,
+        optim=OptimConfig(lr=5e-4, clip_grad=1.0, max_steps=2000, epochs=1, warmup_epochs=0.1),
+        train=TrainConfig(clips=0, images=32, micro_images=32, precision="float32", checkpoint_every=100, keep=1),
+    )
+
+
+def timesformer_demo_joint() -> Config:
+    """BEVT with a TimeSformer on the embedded dataset, from `timesformer_demo_image`.
+
+    Command: bevt pretrain timesformer_demo_joint --init runs/timesformer_demo_image/checkpoints/last
+    --tokenizer.path runs/tokenizer.safetensors --out runs/timesformer_demo_joint
+    """
+    base = timesformer_demo_image()
+    return replace(
+        base,
+        recipe="timesformer_demo_joint",
+        optim=replace(base.optim, max_steps=2000),
+        train=replace(base.train, clips=8, images=16, micro_clips=8, micro_images=16),
+    )
+
+
+def vivit_demo() -> FinetuneConfig:
+    """ViViT on the embedded dataset's motions.
+
+    Command: bevt finetune vivit_demo --init runs/timesformer_demo_image/checkpoints/last --out runs/vivit_demo
+    """
+    return FinetuneConfig(
+        recipe="vivit_demo",
+        model=replace(VIT, kind="vivit_1", temporal_depth=2),
+        head=HeadConfig(dropout=0.0),
+        data=replace(
+            SHAPES,
+            clips="shapes:train:how",
+            val_clips="shapes:val:how",
+            images="",
+            val_images="",
+            short_side=(112, 118),
+        ),
+        augment=AugmentConfig(label_smoothing=0.1),
+        optim=FinetuneOptimConfig(
+            lr=1e-3, weight_decay=0.05, clip_grad=1.0, max_steps=300, epochs=1, warmup_epochs=0.1
+        ),
+        train=FinetuneTrainConfig(
+            clips=32, images=0, micro_clips=32, precision="float32", eval_every=5, checkpoint_every=100, keep=1
+        ),
+        test=TestConfig(clips=1, crops=1),
     )

@@ -1,7 +1,8 @@
 """The paper's pretraining runs (BEVT, CVPR 2022: results on Swin-B, ablation of the masks on Swin-T).
 
 Every recipe is of Swin-B but for `mask_ablation`; `--size small` and `--size tiny` make it Swin-S and Swin-T. The
-paper's rows of supervised and contrastive weights need no pretraining of this kind, and TimeSformer is not built.
+paper's rows of supervised and contrastive weights need no pretraining of this kind; for those of a TimeSformer see
+`timesformer.py`.
 
 Costs are counted, not measured (`bevt budget RECIPE --size SIZE`): operations of one step, of the whole run, and hours
 on 8 devices at an assumed 40 % of 790 TFLOP/s, for Kinetics-400 of 240,000 videos and ImageNet-1K. Expected are the

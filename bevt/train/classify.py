@@ -73,10 +73,16 @@ class ClassStep(MeanStep):
             if moved.image_jitter is not None and self.config.data.jitter > 0:
                 frames = augment.color_jitter(frames, moved.image_jitter)
             frames = frames.unsqueeze(1)
+        if a.repeats > 1:  # the cuts of a file lie side by side, where mixing would pair them
+            order = np.arange(len(seeds)).reshape(-1, a.repeats).T.reshape(-1)
+            seeds, index = seeds[order], augment.sent(order, device)
+            frames, labels = frames.index_select(0, index), labels.index_select(0, index)
+        if a.color or a.grey:
+            frames = augment.color_augment(frames, seeds, a.color, a.grey)
         if a.rand_augment:
             official = self.config.model.quirks == "official"
             frames = rand_augment(frames, seeds, a.rand_augment, a.magnitude, official=official)
-        pixels = augment.to_encoder_clips(frames)
+        pixels = augment.to_encoder_clips(frames, self.config.model.pixels)
         targets = augment.smooth(labels, self.classes, a.label_smoothing)
         if a.erasing:
             pixels = augment.erase(pixels, seeds, a.erasing)
@@ -89,7 +95,7 @@ class ClassStep(MeanStep):
             if self.config.model.drop_path:
                 drop = augment.sent(drop_factors(self.config.model, seeds), device)
             if self.config.head.dropout:
-                keep = augment.sent(dropout(seeds, 8 * self.config.model.embed_dim, self.config.head.dropout), device)
+                keep = augment.sent(dropout(seeds, self.config.model.channels, self.config.head.dropout), device)
         return {"pixels": pixels, "drop": drop, "keep": keep}, targets
 
     def losses(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,13 +13,16 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bevt.models.bevt import BEVT, OWN_PARTS, MaskedInput
+from bevt.models import weights
+from bevt.models.bevt import MaskedInput, MaskedTokens
 from bevt.models.video_swin import SwinBlock
+from bevt.models.vit import Block
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ class _Whole(nn.Module):
     Those of the other stream have their gradients from an earlier pass.
     """
 
-    def __init__(self, model: BEVT) -> None:
+    def __init__(self, model: MaskedTokens) -> None:
         super().__init__()
         self.model = model
         self.complete = True
@@ -39,8 +43,8 @@ class _Whole(nn.Module):
         """As the model's."""
         out = self.model(**inputs)
         if self.complete:
-            others = [part for stream in self.model.streams if stream not in inputs for part in OWN_PARTS[stream]]
-            idle = [p for part in others for p in getattr(self.model, part).parameters()]
+            others = [stream for stream in self.model.streams if stream not in inputs]
+            idle = [p for stream in others for p in self.model.own_parameters(stream)]
             for stream in inputs:
                 out[f"loss_{stream}"] = cast(Tensor, _Touch.apply(out[f"loss_{stream}"], *idle))
         return out
@@ -62,6 +66,25 @@ class _Touch(torch.autograd.Function):
 def shard(tensor: Tensor) -> Tensor:
     """What this process holds of it: of a sharded one its shard, else all."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(
+    model: nn.Module, world: World, parallel: Literal["ddp", "fsdp"], make: Callable[[], nn.Module]
+) -> nn.Module | None:
+    """`model` with whole parameters in the first process, where it is sharded in one that `make` makes.
+
+    None in the others, which take part in gathering them.
+    """
+    state: dict[str, Any] = {}
+    sharded = world.size > 1 and parallel == "fsdp"
+    if sharded:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not world.main:
+        return None
+    if sharded:
+        model = make()
+        weights.load(model, state)
+    return model
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class World:
             return model
         if parallel == "ddp":
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            whole = _Whole(model) if isinstance(model, BEVT) else model
+            whole = _Whole(model) if isinstance(model, MaskedTokens) else model
             # Buffers are MoBY's queues, which all processes fill alike.
             return DistributedDataParallel(
                 whole, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -99,10 +122,10 @@ class World:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
         for part in model.modules():
-            if isinstance(part, SwinBlock):
+            if isinstance(part, (SwinBlock, Block)):
                 fully_shard(part, mesh=mesh)
-        if isinstance(model, BEVT):
-            for own in (getattr(model, name) for stream in model.streams for name in OWN_PARTS[stream]):
+        if isinstance(model, MaskedTokens):
+            for own in (part for stream in model.streams for part in model.own_parts(stream)):
                 fully_shard(own, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model

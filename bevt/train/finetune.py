@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bevt.config import AnyConfig, FinetuneConfig, check, from_dict
+from bevt.config import AnyConfig, AnyModel, FinetuneConfig, ModelConfig, ViTConfig, check, from_dict
 from bevt.data.build import StepLoader, source_kind
 from bevt.data.classes import are_numbers, class_numbers, found_classes, read_classes, without_files
 from bevt.data.manifest import Manifest, probe_source
-from bevt.models import names, weights
-from bevt.models.classifier import VideoSwinClassifier
+from bevt.models import names, vit_names, vit_weights, weights
+from bevt.models.classifier import Classifier, VideoSwinClassifier, build
 from bevt.models.probes import Probes
 from bevt.train import checkpoint, memory
 from bevt.train.classify import ClassStep
@@ -79,7 +79,7 @@ class Finetuning(Task):
 
     def build(self, *, fresh: bool) -> tuple[nn.Module, str]:
         model = build_classifier(self.config, len(self.classes), self.world.device)
-        backbone = model.backbone if isinstance(model, Probes) else cast(VideoSwinClassifier, model)
+        backbone = model.backbone if isinstance(model, Probes) else cast(Classifier, model)
         if self.config.init and fresh:
             return model, f"{self.config.init}: {initialise(backbone, self.config)}"
         return model, "from random weights, as there is no --init" if fresh else ""
@@ -192,35 +192,43 @@ def _probing_rule(config: FinetuneConfig) -> Callable[[str], Rule]:
 
 
 def build_classifier(config: FinetuneConfig, classes: int, device: torch.device) -> nn.Module:
-    """The model of a configuration on `device`: a `VideoSwinClassifier`, or `Probes` on a frozen one.
+    """The model of a configuration on `device`: a classifier, or `Probes` on a frozen one.
 
     Raises ConfigError where an implementation that the configuration names cannot serve.
     """
 
     def make(dtype: torch.dtype) -> nn.Module:
-        model = VideoSwinClassifier(config.model, classes, config.stream, device=device, dtype=dtype)
+        model = build(config, classes, device=device, dtype=dtype)
         kinds = [kind for kind in config.head.probes for _ in config.head.probe_lrs]
         return Probes(model, kinds) if kinds else model
 
     return built(make, config, device)
 
 
-def initialise(model: VideoSwinClassifier, config: FinetuneConfig) -> str:
+def initialise(model: Classifier, config: FinetuneConfig) -> str:
     """Start `model` from `config.init`; what was loaded, kept and left out, in words.
 
     Raises CheckpointError for a folder that is no checkpoint and WeightsError for weights that do not fit.
     """
     path = Path(config.init)
-    source = read_weights(path)
+    source = read_weights(path, config.model)
     try:
-        norm = config.model.quirks == "official" or not source.masked
-        return f"{source.what}: {weights.start(model, source, config.model.window_size, config.stream, norm=norm)}"
+        return f"{source.what}: {_start(model, source, config)}"
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
 
 
-def read_weights(path: Path) -> names.Source:
-    """The weights of a checkpoint of this project, of any stage, or of a file of somebody's."""
+def _start(model: Classifier, source: names.Source, config: FinetuneConfig, *, head: bool = False) -> weights.Report:
+    """Weights into a model, with its head where it is to be tested."""
+    if isinstance(model, VideoSwinClassifier):
+        own = cast(ModelConfig, config.model)
+        norm = head or own.quirks == "official" or not source.masked
+        return weights.start(model, source, own.window_size, config.stream, norm=norm, head=head)
+    return vit_weights.start(model, source, head=head)
+
+
+def read_weights(path: Path, model: AnyModel) -> names.Source:
+    """The weights of a checkpoint of this project, of any stage, or of a file of somebody's, for such a model."""
     if not path.is_dir():
         state = weights.read_file(path)
     else:
@@ -228,7 +236,7 @@ def read_weights(path: Path) -> names.Source:
         state = {**saved["model"], **saved.get("average", {})}
     try:
         own = {name.removeprefix("backbone."): value for name, value in state.items()} if path.is_dir() else state
-        return names.recognise(own)
+        return vit_names.recognise(own) if isinstance(model, ViTConfig) else names.recognise(own)
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
 
@@ -240,7 +248,7 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
     is of another stage or does not fit.
     """
     if not path.is_dir():
-        source = read_weights(path)
+        source = read_weights(path, config.model)
         if "head.weight" not in source.state:
             raise weights.WeightsError(
                 f"{path}: {source.what} has no head for classes: finetune it first (--init {path})"
@@ -252,7 +260,10 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
                 f"{path}: its head has {count} classes, {config.head.classes} names {len(classes)}"
             )
         model = build_classifier(config, count, device)
-        weights.start(model, source, config.model.window_size, config.stream, norm=True, head=True)
+        try:
+            _start(cast(Classifier, model), source, config, head=True)
+        except weights.WeightsError as error:
+            raise weights.WeightsError(f"{path}: {error}") from error
         return model, classes
     saved = checkpoint.load(path, optimizer=False)
     _of_classes(path, saved)

@@ -416,6 +416,11 @@ def _open_run(task: Task, out: Path, world: World, stack: ExitStack, resume: boo
             raise RunError(
                 f"{out} holds a run of `bevt {kind}`: continue it with that, or name another folder with --out"
             )
+        if set(saved["config"]) != set(to_dict(config)):
+            raise RunError(
+                f"{out} holds a run of another kind, of recipe {saved['config'].get('recipe')!r}: continue it with "
+                "that, or name another folder with --out"
+            )
         changed = [
             f"{key} = {old!r}, now {new!r}"
             for key, old, new in _differences(to_dict(from_dict(saved["config"], type(config))), to_dict(config))

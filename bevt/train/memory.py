@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bevt import masking
-from bevt.config import Config, ConfigError, FinetuneConfig, plain, tokenizer_settings
+from bevt.config import Config, ConfigError, FinetuneConfig, ModelConfig, ViTConfig, plain, tokenizer_settings
 from bevt.data import augment
 from bevt.data.sampling import STREAMS
-from bevt.models.bevt import BEVT, PATCH, MaskedInput, Stream
-from bevt.models.classifier import VideoSwinClassifier
+from bevt.models.bevt import BEVT, MaskedInput, Stream
+from bevt.models.classifier import build
 from bevt.models.reference import ReferenceBEVT
 from bevt.models.video_swin import SwinBlock, SwinStage
 from bevt.tokenizers.dalle import DalleEncoder, DalleTokenizer
@@ -209,7 +209,7 @@ def predict(config: Config, processes: int, device: str, *, again: bool = False)
     With `again` also with every block recomputed. Masks hide as much as they can. Raises ConfigError where the
     configuration cannot be served.
     """
-    t, m = config.train, config.model
+    t, m = config.train, swin_of(config)
     full = meta_model(config, tokenizer_of(config).vocab_size)
     sizes = [p.nbytes for p in full.parameters()]
     accumulation = max(round(getattr(t, s) / (getattr(t, f"micro_{s}") * processes)) for s in STREAMS if getattr(t, s))
@@ -273,13 +273,13 @@ def _forward_peak(config: FinetuneConfig, classes: int, views: int, device: str)
     model = plain(config.model) if device != "cpu" else config.model
     dtype = getattr(torch, config.train.precision)
     with torch.device("meta"):
-        classifier = VideoSwinClassifier(model, classes, config.stream, dtype=dtype)
+        classifier = build(replace(config, model=model), classes, dtype=dtype)
     live = _Live(plain=device == "cpu" or config.model.attention_impl == "reference")
     with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad():
         faked(classifier.to(torch.float64) if dtype == torch.float64 else classifier)
         live.begin("forward")
         frames = torch.empty(views, d.frames if clips else 1, d.crop, d.crop, 3, dtype=torch.uint8)
-        pixels = augment.to_encoder_clips(frames)
+        pixels = augment.to_encoder_clips(frames, config.model.pixels)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             classifier(pixels if clips else pixels.squeeze(2))
         live.mark()
@@ -390,6 +390,13 @@ def _loaded(config: Config) -> int:
     return 3 * d.crop**2 * (clips * d.frames + images)
 
 
+def swin_of(config: Config) -> ModelConfig:
+    """The configuration's Video Swin, the one encoder whose memory is predicted; ConfigError for another."""
+    if isinstance(config.model, ViTConfig):
+        raise ConfigError(f"memory is predicted for a Video Swin alone, not for model.kind {config.model.kind!r}")
+    return config.model
+
+
 def tokenizer_of(config: Config) -> FrozenTokenizer:
     """The configuration's tokenizer without data: the published size, or the fitted file's own."""
     settings = replace(tokenizer_settings(config), compile="no")
@@ -412,7 +419,7 @@ class FakeReferenceBEVT(ReferenceBEVT):
 def meta_model(config: Config, vocab_size: int, *, reference_ops: bool = False) -> BEVT:
     """The configuration's model on "meta": initialisation looks at values, which fake tensors have not."""
     streams: list[Stream] = [s for s in STREAMS if getattr(config.train, s)]
-    model = config.model
+    model = swin_of(config)
     if reference_ops:
         model = plain(model)
     dtype = getattr(torch, config.train.precision)
@@ -437,7 +444,7 @@ def _trace(config: Config, device: str, gradients: bool, again: bool) -> tuple[l
 
     `gradients`: those of an earlier micro-batch are there. `again`: every block is recomputed.
     """
-    m = config.model
+    m = swin_of(config)
     config = replace(config, train=replace(config.train, cuda_graphs=False))
     whole = config.path == "reference"  # whose streams are alive together: no block stands for another
     if not whole:
@@ -501,9 +508,9 @@ def _prepare(config: Config, tokenizer: _Piece, streams: Sequence[Stream]) -> tu
     for stream in streams:
         given = unseen(config, stream, getattr(t, f"micro_{stream}"), pixels=False)
         if stream == "clips":
-            pixels = augment.to_encoder_clips(frames[stream].unflatten(0, (-1, d.frames)))
+            pixels = augment.to_encoder_clips(frames[stream].unflatten(0, (-1, d.frames)), config.model.pixels)
         else:
-            pixels = augment.to_encoder_images(frames[stream])
+            pixels = augment.to_encoder_images(frames[stream], config.model.pixels)
         inputs[stream] = replace(given, pixels=pixels, codes=codes[stream].view(given.codes.shape))
     return inputs, loaded
 
@@ -511,11 +518,11 @@ def _prepare(config: Config, tokenizer: _Piece, streams: Sequence[Stream]) -> tu
 def unseen(config: Config, stream: Stream, batch: int, *, pixels: bool = True) -> MaskedInput:
     """`batch` clips or images of the recipe's size, with as many slots as masks can need."""
     d, side = config.data, config.data.crop // 16
-    blocks = sum(config.model.depths)
-    drop = torch.empty(blocks, 2, batch) if config.model.drop_path else None
-    depth, frames = (d.frames // PATCH[0], d.frames) if stream == "clips" else (1, 1)
+    m = config.model
+    drop = torch.empty(len(m.drop_path_rates), m.branches, batch) if m.drop_path else None
+    depth, frames = (d.frames // m.tubelet, d.frames) if stream == "clips" else (1, 1)
     settings = config.clip_mask if stream == "clips" else config.image_mask
-    slots = batch * masking.capacity(settings, (depth, side, side)) * (PATCH[0] if stream == "clips" else 1)
+    slots = batch * masking.capacity(settings, (depth, side, side)) * (m.tubelet if stream == "clips" else 1)
     shape: tuple[int, ...] = (batch, depth) if stream == "clips" else (batch,)
     times: tuple[int, ...] = (frames,) if stream == "clips" else ()
     return MaskedInput(

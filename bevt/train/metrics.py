@@ -318,7 +318,8 @@ class Display:
         parts = [f"loss {row['loss']:.3f}"]
         for stream, unit in (("clips", "clips/s"), ("images", "images/s")):
             if f"loss_{stream}" in row:
-                parts.append(f"{stream} {row[f'loss_{stream}']:.3f} acc {100 * row[f'accuracy_{stream}']:.1f}%")
+                right = f" acc {100 * row[f'accuracy_{stream}']:.1f}%" if f"accuracy_{stream}" in row else ""
+                parts.append(f"{stream} {row[f'loss_{stream}']:.3f}{right}")
                 parts.append(f"{row[f'{stream}_per_second']:.1f} {unit}")
         parts.append(f"data wait {100 * row['data_wait']:.0f}%")
         if "mfu" in row:

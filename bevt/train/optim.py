@@ -1,4 +1,4 @@
-"""AdamW with BEVT's parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers with each model's parameter groups, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -9,25 +9,58 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bevt.config import ConfigError, FinetuneOptimConfig, ModelConfig, OptimConfig
+from bevt.config import AnyModel, ConfigError, FinetuneOptimConfig, ModelConfig, OptimConfig, ViTConfig
 
 
-def undecayed(name: str) -> bool:
-    """Whether a parameter is exempt from weight decay: norms and bias tables (official configuration), nothing else."""
+def undecayed(name: str, model: AnyModel | None = None) -> bool:
+    """Whether a parameter is exempt from weight decay.
+
+    Of a Video Swin norms and bias tables (BEVT's official configuration), nothing else. Of a vision transformer all
+    that is no matrix of weights: norms, biases, tokens and positions (VideoMAE's `optim_factory.py`).
+    """
+    if isinstance(model, ViTConfig):
+        part = name.rpartition(".")[2]
+        return "norm" in name or part.endswith(("bias", "_token", "_embed"))
     return "norm" in name or name.endswith("relative_position_bias_table")
 
 
 class Rule(NamedTuple):
-    """What AdamW does to a parameter."""
+    """What the optimizer does to a parameter."""
 
     factor: float
     """Its learning rate over the run's."""
     weight_decay: float
 
 
-def pretraining_rule(config: OptimConfig) -> Callable[[str], Rule]:
+def pretraining_rule(config: OptimConfig, model: AnyModel | None = None) -> Callable[[str], Rule]:
     """One rate for all parameters, by name."""
-    return lambda name: Rule(1.0, 0.0 if undecayed(name) else config.weight_decay)
+    return lambda name: Rule(1.0, 0.0 if undecayed(name, model) else config.weight_decay)
+
+
+def vit_rule(config: FinetuneOptimConfig, model: ViTConfig) -> Callable[[str], Rule]:
+    """The rates and decays of a `ViTClassifier`'s parameters, by name.
+
+    As VideoMAE's `optim_factory.py` has it: head and norm have the full rate, the last block `layer_decay` of it, each
+    below it as much again, patch embedding, class token and positions one rung below the first block. Of `vivit_2` the
+    blocks over time stand above those over space.
+    """
+    prefixes = ["encoder.temporal.blocks"] * model.temporal_depth if model.kind == "vivit_2" else []
+    numbers = [*reversed(range(len(prefixes))), *reversed(range(model.depth))]
+    blocks = [f"{p}.{i}." for p, i in zip(prefixes + ["encoder.blocks"] * model.depth, numbers)]
+    above = ("head.", "norm.", "encoder.temporal.cls_token", "encoder.temporal.pos_embed", "encoder.spatial_norm.")
+
+    def rung(name: str) -> int:
+        if name.startswith(above[:2]):
+            return 0
+        if name.startswith(above[2:]):  # what stands between the two stacks of blocks
+            return model.temporal_depth + 1
+        return next((i + 1 for i, block in enumerate(blocks) if name.startswith(block)), len(blocks) + 1)
+
+    def rule(name: str) -> Rule:
+        factor = config.layer_decay ** rung(name) * (1.0 if name.startswith("head.") else config.backbone_factor)
+        return Rule(factor, 0.0 if undecayed(name, model) else config.weight_decay)
+
+    return rule
 
 
 def rungs(depths: Sequence[int]) -> list[str]:
@@ -43,7 +76,12 @@ def rungs(depths: Sequence[int]) -> list[str]:
     return [*below, "patch_embed"]
 
 
-def finetuning_rule(config: FinetuneOptimConfig, model: ModelConfig) -> Callable[[str], Rule]:
+def finetuning_rule(config: FinetuneOptimConfig, model: AnyModel) -> Callable[[str], Rule]:
+    """The rates and decays of a classifier's parameters, by name."""
+    return vit_rule(config, model) if isinstance(model, ViTConfig) else swin_rule(config, model)
+
+
+def swin_rule(config: FinetuneOptimConfig, model: ModelConfig) -> Callable[[str], Rule]:
     """The rates and decays of a `VideoSwinClassifier`'s parameters, by name.
 
     Clean: a parameter's rate is its rung's; norms and bias tables do not decay. With `quirks="official"` what mmcv
@@ -77,7 +115,7 @@ def finetuning_rule(config: FinetuneOptimConfig, model: ModelConfig) -> Callable
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, fused: bool = True, rule: Callable[[str], Rule] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over a group for each `rule` that names of parameters have (default: `pretraining_rule`).
+    """AdamW or SGD over a group for each `rule` that names of parameters have (default: `pretraining_rule`).
 
     `fused`: one pass over all parameters, which can be skipped on a device-side flag. Raises ConfigError where
     `config.impl` cannot serve.
@@ -91,6 +129,8 @@ def build_optimizer(
     if config.impl == "apex":
         return _apex(groups, config)
     settings: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], **settings)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **settings)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bevt.models.video_swin import VideoSwin
+from bevt.models.vit import VideoTransformer
 
 PHASES = ("data", "tokenizer", "encoder", "head", "optimizer")
 """In order of the step. `encoder` is with its patch embedding, `head` is all behind it; both forward and backward."""
@@ -17,14 +18,14 @@ PHASES = ("data", "tokenizer", "encoder", "head", "optimizer")
 class Phases:
     """Marks along a step, each at the end of a phase. On CUDA they are events, which nobody waits for until `read`.
 
-    Between the last map that the model's encoder returns and that map's gradient lies the head. Marks pile up until
-    `start`; a model's encoder keeps a hook of each.
+    Between what the model's encoder returns (of a Video Swin the last map) and its gradient lies the head. Marks pile
+    up until `start`; a model's encoder keeps a hook of each.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
-        encoder = next(module for module in model.modules() if isinstance(module, VideoSwin))
+        encoder = next(module for module in model.modules() if isinstance(module, (VideoSwin, VideoTransformer)))
         encoder.register_forward_hook(self._encoded)
         self.start()
 
@@ -53,7 +54,8 @@ class Phases:
         event.record()
         return event
 
-    def _encoded(self, encoder: nn.Module, inputs: Any, outputs: list[Tensor]) -> None:
-        if outputs[-1].requires_grad:  # not in evaluation
+    def _encoded(self, encoder: nn.Module, inputs: Any, outputs: list[Tensor] | Tensor) -> None:
+        last = outputs if isinstance(outputs, Tensor) else outputs[-1]
+        if last.requires_grad:  # not in evaluation
             self.mark("encoder")
-            outputs[-1].register_hook(lambda grad: self.mark("head"))
+            last.register_hook(lambda grad: self.mark("head"))

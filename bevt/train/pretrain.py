@@ -1,4 +1,4 @@
-"""Pretraining as a task of the loop: masked tokens of clips, images or both."""
+"""Pretraining as a task of the loop: masked tokens of clips, images or both (VideoMAE's: `bevt.train.videomae`)."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from bevt import tokenizers
 from bevt.budget import step_flop
-from bevt.config import AnyConfig, Config, check, tokenizer_settings
+from bevt.config import AnyConfig, Config, ModelConfig, VideoMAEConfig, ViTConfig, check, tokenizer_settings
 from bevt.data.build import StepLoader
+from bevt.data.sampling import STREAMS
 from bevt.models import weights
-from bevt.models.bevt import BEVT, Stream
+from bevt.models.bevt import BEVT, MaskedTokens, TimeSformerBEVT
 from bevt.models.reference import ReferenceBEVT
+from bevt.models.vit import grid_of
+from bevt.models.vit_weights import fitted
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import checkpoint, memory
-from bevt.train.distributed import World
+from bevt.train.distributed import World, gathered
 from bevt.train.loop import RunResult, Task, built, run
 from bevt.train.metrics import MetricsWriter, RunError
-from bevt.train.optim import build_optimizer
+from bevt.train.optim import build_optimizer, pretraining_rule
 from bevt.train.step import TrainStep
+from bevt.train.videomae import PixelPretraining
 
 
 def pretrain(
-    config: Config, out: Path, *, resume: bool = False, quiet: bool = False, profile: bool = False
+    config: Config | VideoMAEConfig, out: Path, *, resume: bool = False, quiet: bool = False, profile: bool = False
 ) -> RunResult:
     """Run `config` into the folder `out`, or continue there with `resume`; signals and errors as `bevt.train.loop.run`.
 
-    At the end held-out data is scored (`bevt.evaluate.masked_tokens`), and `out/pictures` has curves and strips.
+    At the end held-out data is scored (`bevt.evaluate.masked_tokens`, `pixels`), and `out/pictures` has curves and
+    strips.
     """
     check(config)
-    return run(Pretraining(config), out, resume=resume, quiet=quiet, profile=profile)
+    task = PixelPretraining(config) if isinstance(config, VideoMAEConfig) else Pretraining(config)
+    return run(task, out, resume=resume, quiet=quiet, profile=profile)
 
 
 class Pretraining(Task):
@@ -75,11 +80,12 @@ class Pretraining(Task):
         return model, ""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(model, self.config.optim, fused=self.config.path == "fused")
+        rule = pretraining_rule(self.config.optim, self.config.model)
+        return build_optimizer(model, self.config.optim, fused=self.config.path == "fused", rule=rule)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainStep:
         if self.recomputed:
-            memory.recompute(self.model, self.recomputed)
+            memory.recompute(cast(BEVT, self.model), self.recomputed)
         return TrainStep(model, self.tokenizer, optimizer, self.config, self.world, self.cache)
 
     def implementations(self) -> dict[str, str]:
@@ -93,6 +99,8 @@ class Pretraining(Task):
         return step_flop(self.config)
 
     def explained(self) -> AbstractContextManager[None]:
+        if isinstance(self.config.model, ViTConfig):
+            return memory.advised(" or ".join(f"train.micro_{stream}" for stream in self.model.streams))
         return memory.explained(self.config, self.world)
 
     def saving(self) -> None:
@@ -107,49 +115,45 @@ class Pretraining(Task):
     ) -> dict[str, float]:
         if not (config.data.val_clips or config.data.val_images):
             return {}
-        whole = self._whole(cast(BEVT, model))
+        device = self.world.device
+        whole = gathered(
+            model,
+            self.world,
+            config.train.parallel,
+            lambda: build_model(self.config, self.tokenizer.vocab_size, device),
+        )
         if whole is None:
             return {}
         from bevt.evaluate.masked_tokens import evaluate
         from bevt.pictures.report import draw
 
-        config, device = cast(Config, config), self.world.device
+        config, whole = cast(Config, config), cast(MaskedTokens, whole)
         evaluation = evaluate(config, whole, self.tokenizer, device)
         if writer:
             writer.write({"event": "eval", "step": step, **evaluation})
         draw(config, out, whole, self.tokenizer, device)
         return evaluation
 
-    def _whole(self, model: BEVT) -> BEVT | None:
-        """`model` with whole parameters in the first process; None in the others, which take part in gathering them."""
-        state: dict[str, Tensor] = {}
-        sharded = self.world.size > 1 and self.config.train.parallel == "fsdp"
-        if sharded:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
-        if not self.world.main:
-            return None
-        if sharded:
-            model = build_model(self.config, self.tokenizer.vocab_size, self.world.device)
-            weights.load(model, state)
-        return model
 
-
-def build_model(config: Config, vocab_size: int, device: torch.device) -> BEVT:
+def build_model(config: Config, vocab_size: int, device: torch.device) -> MaskedTokens:
     """The model of a configuration with only the streams that it trains, on `device`.
 
     Raises ConfigError where an implementation that the configuration names cannot serve.
     """
-    streams: list[Stream] = []
-    if config.train.clips:
-        streams.append("clips")
-    if config.train.images:
-        streams.append("images")
-    kind = ReferenceBEVT if config.path == "reference" else BEVT
-    return built(lambda dtype: kind(config.model, vocab_size, streams, device=device, dtype=dtype), config, device)
+    streams = [stream for stream in STREAMS if getattr(config.train, stream)]
+
+    def make(dtype: torch.dtype) -> MaskedTokens:
+        model, data = config.model, config.data
+        if isinstance(model, ViTConfig):
+            grid = grid_of(model, data.frames, data.crop)
+            return TimeSformerBEVT(model, vocab_size, streams, grid=grid, device=device, dtype=dtype)
+        kind = ReferenceBEVT if config.path == "reference" else BEVT
+        return kind(model, vocab_size, streams, device=device, dtype=dtype)
+
+    return built(make, config, device)
 
 
-def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
+def initialise(model: MaskedTokens, config: Config, tokenizer: str) -> weights.Report:
     """Start `model` from the checkpoint `config.init`: of the same stage, or of the image stage (2D windows), inflated.
 
     `tokenizer` is the digest of the one whose codes will be predicted. Raises CheckpointError for a file that is no
@@ -157,27 +161,51 @@ def initialise(model: BEVT, config: Config, tokenizer: str) -> weights.Report:
     """
     path = Path(config.init)
     saved = checkpoint.load(path, optimizer=False)
-    state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
-    missing, unused = [], []
+    if "tokenizer" not in saved:
+        raise checkpoint.CheckpointError(
+            f"{path} is a checkpoint of recipe {saved['config'].get('recipe')!r}, which predicts no tokens"
+        )
     try:
         if saved["tokenizer"] != tokenizer:
             raise weights.WeightsError(
                 f"its head predicts the codes of another tokenizer than {config.tokenizer.path}: "
                 "start from a run with the same one"
             )
-        if "clips" in model.streams and "clips" not in saved["streams"]:
-            if window[0] == 1:
-                state = weights.inflate(state, config.model.window_size)
-            missing = [r"video_decoder\..*"]
-            if window[0] != 1:
-                raise weights.WeightsError(
-                    f"an image-only run with 3D windows {window} has no weights for clips; "
-                    "start from recipe 'image_stage' (window (1, h, w)) instead"
-                )
-        if "images" not in model.streams:
-            unused = [r"patch_embed_2d\..*", r"image_decoder\..*"]
-        if "clips" not in model.streams:
-            unused = [r"patch_embed\..*", r"video_decoder\..*"]
-        return weights.load(model, state, missing=missing, unused=unused)
+        if isinstance(model, TimeSformerBEVT) != ("kind" in saved["config"]["model"]):
+            raise weights.WeightsError(
+                "its encoder is of another kind: a Video Swin and a TimeSformer share no weights"
+            )
+        if isinstance(model, TimeSformerBEVT):
+            return _from_timesformer(model, saved["model"])
+        return _from_swin(model, config, saved)
     except weights.WeightsError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
+
+
+def _from_timesformer(model: TimeSformerBEVT, state: dict[str, Tensor]) -> weights.Report:
+    """Of images for clips: what attends over time starts as TimeSformer's does from an image model."""
+    unused: list[str] = []
+    if "clips" in model.streams:
+        state, missing = fitted(state, model.encoder.config, model.encoder.grid)
+    else:
+        missing, unused = [], [r"encoder\.time_embed", r"encoder\.blocks\.\d+\.temporal_.*"]
+    return weights.load(model, state, missing=missing, unused=unused)
+
+
+def _from_swin(model: MaskedTokens, config: Config, saved: dict[str, Any]) -> weights.Report:
+    state, window = saved["model"], tuple(saved["config"]["model"]["window_size"])
+    missing, unused = [], []
+    if "clips" in model.streams and "clips" not in saved["streams"]:
+        if window[0] == 1:
+            state = weights.inflate(state, cast(ModelConfig, config.model).window_size)
+        missing = [r"video_decoder\..*"]
+        if window[0] != 1:
+            raise weights.WeightsError(
+                f"an image-only run with 3D windows {window} has no weights for clips; "
+                "start from recipe 'image_stage' (window (1, h, w)) instead"
+            )
+    if "images" not in model.streams:
+        unused = [r"patch_embed_2d\..*", r"image_decoder\..*"]
+    if "clips" not in model.streams:
+        unused = [r"patch_embed\..*", r"video_decoder\..*"]
+    return weights.load(model, state, missing=missing, unused=unused)

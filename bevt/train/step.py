@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from bevt import draws, masking
-from bevt.config import AnyConfig, Config, MaskConfig, ModelConfig
+from bevt.config import AnyConfig, AnyModel, Config, MaskConfig
 from bevt.data import augment
 from bevt.data.batch import Batch
 from bevt.data.sampling import STREAMS
 from bevt.models.bevt import MaskedInput, Stream
-from bevt.models.video_swin import PATCH, drop_path_rates
 from bevt.tokenizers import Tokenizer
 from bevt.tokenizers.cache import TokenCache
 from bevt.train import optim
@@ -40,7 +39,8 @@ def masked_inputs(
     """
     masks = {"clips": batch.clip_masks, "images": batch.image_masks}
     everything = config.path == "reference"
-    needed = {stream: _frames(mask, everything) for stream, mask in masks.items() if mask is not None}
+    tubelet = config.model.tubelet
+    needed = {stream: _frames(mask, everything, tubelet) for stream, mask in masks.items() if mask is not None}
     batch = batch.to(device)
     frames: dict[str, Tensor] = {}
     inputs: dict[Stream, MaskedInput] = {}
@@ -64,14 +64,18 @@ def masked_inputs(
             )
     if batch.clips is not None and batch.clip_masks is not None:
         clips, mask = batch.clips, batch.clip_masks
-        slots = PATCH[0] * slots_for(config.clip_mask, mask, device)
+        slots = config.model.tubelet * slots_for(config.clip_mask, mask, device)
         inputs["clips"] = MaskedInput(
-            augment.to_encoder_clips(clips), mask, codes["clips"].unflatten(0, clips.shape[:2]), slots
+            augment.to_encoder_clips(clips, config.model.pixels),
+            mask,
+            codes["clips"].unflatten(0, clips.shape[:2]),
+            slots,
         )
     if batch.images is not None and batch.image_masks is not None:
         mask = batch.image_masks
         slots = slots_for(config.image_mask, mask.unsqueeze(1), device)
-        inputs["images"] = MaskedInput(augment.to_encoder_images(frames["images"]), mask, codes["images"], slots)
+        pixels = augment.to_encoder_images(frames["images"], config.model.pixels)
+        inputs["images"] = MaskedInput(pixels, mask, codes["images"], slots)
     return inputs
 
 
@@ -101,15 +105,15 @@ def slots_for(config: MaskConfig, mask: Tensor, device: torch.device) -> int:
     return len(mask) * masking.capacity(config, (depth, height, width))
 
 
-def _frames(mask: Tensor, everything: bool) -> np.ndarray:
+def _frames(mask: Tensor, everything: bool, tubelet: int) -> np.ndarray:
     """Numbers of the frames (of images, for (M, h, w)) that hold a masked position, or of all."""
     if mask.device.type != "cpu":
         raise ValueError(
             f"masks must be on the CPU until the step moves them (bevt/data/batch.py), these are on {mask.device}"
         )
     used = mask.numpy().any((-2, -1)) | everything  # NumPy: what reads values here must not be what waits on a GPU
-    if mask.ndim == 4:  # a step of a clip's mask is PATCH[0] frames
-        used = used.repeat(PATCH[0], 1).reshape(-1)
+    if mask.ndim == 4:
+        used = used.repeat(tubelet, 1).reshape(-1)
     return used.nonzero()[0]
 
 
@@ -117,14 +121,14 @@ _DROP_PATH = 2**32
 """Sequence of a sample's random numbers that is drop path's, behind those of its mask (`bevt.masking`)."""
 
 
-def drop_factors(config: ModelConfig, seeds: np.ndarray) -> np.ndarray:
-    """Drop path of samples as `VideoSwin.forward` takes it: (blocks, 2, B) float32, 0 or 1 / (1 - rate).
+def drop_factors(config: AnyModel, seeds: np.ndarray) -> np.ndarray:
+    """Drop path of samples as encoders take it: (blocks, branches, B) float32, 0 or 1 / (1 - rate).
 
     A function of each sample's seed, so of neither the number of processes nor the size of a micro-batch.
     """
-    rates = np.array(drop_path_rates(config))[:, None, None]
-    drawn = draws.uniform(draws.sequence(draws.keys(seeds), _DROP_PATH), np.arange(2 * len(rates)))
-    return ((drawn.T.reshape(len(rates), 2, -1) >= rates) / (1 - rates)).astype(np.float32)
+    rates = np.array(config.drop_path_rates)[:, None, None]
+    drawn = draws.uniform(draws.sequence(draws.keys(seeds), _DROP_PATH), np.arange(config.branches * len(rates)))
+    return ((drawn.T.reshape(len(rates), config.branches, -1) >= rates) / (1 - rates)).astype(np.float32)
 
 
 def autocast(config: AnyConfig, device: torch.device) -> torch.autocast:

@@ -15,8 +15,7 @@ from tiny import ENVIRONMENT, ROOT, TORCHRUN, changed, output
 from torch import Tensor
 
 from bevt import cli
-from bevt.config import ConfigError, FinetuneConfig
-from bevt.data import augment
+from bevt.config import IMAGENET, ConfigError, FinetuneConfig
 from bevt.data.build import make_backend
 from bevt.data.classes import class_numbers
 from bevt.data.manifest import index
@@ -61,7 +60,7 @@ def slow(config: FinetuneConfig, model: torch.nn.Module, frames: str = "normal")
             view = torch.zeros(config.data.frames, config.data.crop, config.data.crop, 3, dtype=torch.uint8)
             backend.read([request], [view])
             view = {"normal": view, "reversed": view.flip(0), "single": view[[2, 2, 2, 2]]}[frames]
-            mean, std = torch.tensor(augment.MEAN), torch.tensor(augment.STD)
+            mean, std = torch.tensor(IMAGENET.mean), torch.tensor(IMAGENET.std)
             pixels = ((view.float() - mean) / std).permute(3, 0, 1, 2).unsqueeze(0)
             with torch.no_grad():
                 out.append(model.eval()(pixels)[0].softmax(0))

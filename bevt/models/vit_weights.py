@@ -1,0 +1,119 @@
+"""Weights of one vision transformer for another: of images for clips, of other sizes; pure functions of state dicts.
+
+What an image model lacks starts as its family's authors have it (ViViT section 3.4, scenic `model_utils.py`;
+TimeSformer `models/helpers.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevt.config import ViTConfig
+from bevt.models import weights
+from bevt.models.classifier import ViTClassifier
+from bevt.models.names import Source, State, WeightsError
+from bevt.models.vit import CLASS_TOKEN, Size3
+
+POSITIONS = "encoder.pos_embed"
+
+
+def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weights.Report:
+    """Start a classifier from `source` (`vit_names.recognise`).
+
+    The head keeps its initial values, but for `head` (a model to be tested), where it is the source's. Raises
+    WeightsError, before anything is written, where that or anything else is absent or of another shape.
+    """
+    config, grid = model.encoder.config, model.encoder.grid
+    if head and "head.weight" not in source.state:
+        raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
+    try:
+        state, missing = fitted(source.state, config, grid)
+        if not head:
+            missing += [r"head\..*"]
+        if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
+            missing += [r"norm\..*"]
+        left = [] if head else [key for key in state if key.startswith("head.")]
+        report = weights.load(model, {k: v for k, v in state.items() if k not in left}, missing=missing)
+    except WeightsError as error:
+        raise WeightsError(f"{source.what}: {error}") from error
+    return replace(report, unused=(*left, *source.dropped))
+
+
+def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple[State, list[str]]:
+    """`state` as a model of `config` and `grid` has it, and patterns of the names that it may lack.
+
+    - Patch embeddings of images become tubes (`config.inflation`).
+    - Positions of images are repeated over time, or stay those of space; of another height and width they are
+      interpolated (bilinear, corners on corners), of another number of frames the nearest is taken.
+    - `timesformer` from images: attention over time and its norm are copies of those over space, its last linear layer
+      keeps its start (zero but for the first block). `vivit_3`: attention over time is a copy, or keeps its start
+      (`config.temporal_init`); its norm keeps it. `vivit_2`: all over time keeps its start.
+
+    Raises WeightsError where positions cannot be converted.
+    """
+    out, missing = dict(state), []
+    kind, (depth, height, width) = config.kind, grid
+    embed = out.get("encoder.patch_embed.proj.weight")
+    if embed is not None and embed.ndim == 4 and kind != "timesformer":
+        out["encoder.patch_embed.proj.weight"] = inflated(embed, config)
+    classed = "encoder.cls_token" in out
+    if classed and kind not in CLASS_TOKEN:
+        del out["encoder.cls_token"]
+    if POSITIONS in out and kind != "videomae":
+        places = (1 if kind in ("timesformer", "vivit_2") else depth, height, width)
+        out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind in CLASS_TOKEN)
+    if kind == "timesformer":
+        if "encoder.time_embed" in out:
+            moved = out["encoder.time_embed"].transpose(1, 2)
+            out["encoder.time_embed"] = F.interpolate(moved, size=depth, mode="nearest").transpose(1, 2)
+        else:
+            missing += [r"encoder\.time_embed"]
+    if kind == "vivit_2" and not any(key.startswith("encoder.temporal.") for key in out):
+        missing += [r"encoder\.temporal\..*", r"norm\..*"]
+        for key in [key for key in out if key.startswith("norm.")]:
+            out[f"encoder.spatial_{key}"] = out.pop(key)
+    if kind in ("timesformer", "vivit_3") and not any(".temporal_attn." in key for key in out):
+        copied = ["attn", "norm1"] if kind == "timesformer" else ["attn"] * (config.temporal_init == "copy")
+        for part in copied:
+            for key in [key for key in out if re.fullmatch(rf"encoder\.blocks\.\d+\.{part}\..*", key)]:
+                out[key.replace(f".{part}.", f".temporal_{part}.")] = out[key].clone()
+        kept = {"attn", "norm1", "fc"} - set(copied)
+        missing += [rf"encoder\.blocks\.\d+\.temporal_{part}\..*" for part in sorted(kept)]
+    return out, missing
+
+
+def inflated(weight: Tensor, config: ViTConfig) -> Tensor:
+    """(C, 3, p, p) of images -> (C, 3, tubelet, p, p): in the central frame, or divided over all."""
+    frames = config.tubelet
+    if config.inflation == "average":
+        return weight.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    out = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
+    out[:, :, frames // 2] = weight
+    return out
+
+
+def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool) -> Tensor:
+    """(1, [1 +] n, C) for `grid`, with a class token's in front where one is `wanted`."""
+    depth, height, width = grid
+    first, rest = places[:, : int(classed)], places[:, int(classed) :]
+    if wanted and not classed:
+        raise WeightsError(f"{POSITIONS} has no place for a class token, which this model has")
+    if rest.shape[1] != depth * height * width:
+        side = math.isqrt(rest.shape[1])
+        if side * side != rest.shape[1]:
+            raise WeightsError(
+                f"{POSITIONS} has {rest.shape[1]} places, which is neither {depth} x {height} x {width} nor the square "
+                "of an image model: frames, crop and patch must be those that it was trained with"
+            )
+        image = rest.unflatten(1, (side, side)).movedim(-1, 1).float()
+        if (side, side) != (height, width):
+            image = F.interpolate(image, size=(height, width), mode="bilinear", align_corners=True)
+        rest = image.flatten(2).transpose(1, 2).to(places.dtype).repeat(1, depth, 1)
+    return torch.cat([first, rest], dim=1) if wanted else rest.contiguous()

@@ -26,6 +26,7 @@ def curves(metrics: Path | Sequence[Path], out: Path) -> None:
     Left: cross-entropy in nats of the masked tokens, a line per stream; where the file has an `eval` row, a dotted
     line at the entropy of the held-out tokens (the loss of always answering their frequencies) and a diamond for the
     held-out loss. Right: masked accuracy in percent, with the share of the commonest token as the dotted line.
+    Of VideoMAE the mean squared error alone, with that of predicting each patch's mean as the dotted line.
     A last line cut off by a kill is left out, and the picture says so.
 
     Args:
@@ -41,16 +42,24 @@ def curves(metrics: Path | Sequence[Path], out: Path) -> None:
         raise ValueError("no metrics file was given: name the metrics.jsonl of at least one run")
     names = [f" of {path.absolute().parent.name}" if len(paths) > 1 else "" for path in paths]
     runs = [(name, *_read(path)) for name, path in zip(names, paths)]
-    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.set_title("Loss on masked tokens", fontsize=13, loc="left")
-    loss.set_ylabel("cross-entropy [nats]", fontsize=11)
-    _panel(loss, runs, "loss", "entropy", "entropy of the tokens", 1, "nats")
-    accuracy.set_title("Accuracy on masked tokens", fontsize=13, loc="left")
-    accuracy.set_ylabel("top-1 accuracy [%]", fontsize=11)
-    _panel(accuracy, runs, "accuracy", "commonest", "always the commonest token", 100, "%")
-    accuracy.set_ylim(bottom=0)
-    entries = max(len(axes.get_legend_handles_labels()[0]) for axes in (loss, accuracy))
+    pixels = all("mean_clips" in row for _, rows, *_ in runs for row in rows)
+    figure = Figure(figsize=(7 if pixels else 13, 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 1 if pixels else 2, squeeze=False)[0]
+    loss = panels[0]
+    if pixels:
+        loss.set_title("Loss on hidden patches", fontsize=13, loc="left")
+        loss.set_ylabel("mean squared error of normalised pixels", fontsize=11)
+        _panel(loss, runs, "loss", "mean", "always the patch's mean", 1, "")
+    else:
+        loss.set_title("Loss on masked tokens", fontsize=13, loc="left")
+        loss.set_ylabel("cross-entropy [nats]", fontsize=11)
+        _panel(loss, runs, "loss", "entropy", "entropy of the tokens", 1, " nats")
+        accuracy = panels[1]
+        accuracy.set_title("Accuracy on masked tokens", fontsize=13, loc="left")
+        accuracy.set_ylabel("top-1 accuracy [%]", fontsize=11)
+        _panel(accuracy, runs, "accuracy", "commonest", "always the commonest token", 100, " %")
+        accuracy.set_ylim(bottom=0)
+    entries = max(len(axes.get_legend_handles_labels()[0]) for axes in panels)
     figure.set_figheight(4.6 + 0.2 * entries)
     cut = [f"{path.absolute().parent.name}/{path.name}" for path, run in zip(paths, runs) if run[3]]
     if cut:
@@ -76,11 +85,11 @@ def _panel(
             _line(axes, rows, f"{quantity}_{stream}", scale, f"{stream}{run}", color=colour, linestyle=line)
             if f"val_{quantity}_{stream}" in evaluation:
                 value = scale * evaluation[f"val_{quantity}_{stream}"]
-                label = f"{stream}{run}, held out: {value:.2f} {unit}"
+                label = f"{stream}{run}, held out: {value:.2f}{unit}"
                 axes.plot(evaluation["step"], value, "D", ms=8, mec="white", color=colour, zorder=4, label=label)
             if f"{chance}_{stream}" in evaluation:
                 value = scale * evaluation[f"{chance}_{stream}"]
-                label = f"{stream}, {chance_name}: {value:.2f} {unit}"
+                label = f"{stream}, {chance_name}: {value:.2f}{unit}"
                 if label not in levels:  # runs on the same held-out tokens share the line
                     axes.axhline(value, color=colour, linestyle=":", linewidth=1.6, label=label)
                 levels.add(label)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.foreign import torchvision_schemas
-from bevt.config import DecoderConfig, ViTConfig
+from bevt.config import DecoderConfig, ViTConfig, plain
 from bevt.models import vit_names, weights
 from bevt.models.classifier import ViTClassifier
+from bevt.models.names import WeightsError
 from bevt.models.videomae import VideoMAE
-from bevt.models.vit import grid_of
+from bevt.models.vit import EPS, VideoTransformer, grid_of
 
 torchvision_schemas()  # transformers imports it where it is installed
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
@@ -190,3 +192,227 @@ def test_names_go_to_hugging_face_and_back(kind: str, tmp_path: Path) -> None:
     read = getattr(transformers, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
     pixels = _clips(size)
     _close(ours(pixels), read(pixel_values=pixels.transpose(1, 2)).logits, "logits")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_image_is_what_hugging_faces_vit_makes_of_it(size: tuple[int, ...]) -> None:
+    """A TimeSformer of one frame, nothing over time, is a plain ViT: what BEVT's image stream runs through."""
+    dim, depth, heads, patch, _, _, crop = size
+    config, (_, height, width) = _config("timesformer", size)
+    theirs = scrambled(
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(
+                hidden_size=dim,
+                num_hidden_layers=depth,
+                num_attention_heads=heads,
+                intermediate_size=4 * dim,
+                patch_size=patch,
+                image_size=crop,
+                layer_norm_eps=1e-6,
+                num_labels=CLASSES,
+                attn_implementation="eager",
+            )
+        )
+    )
+    source = vit_names.recognise(theirs.state_dict())
+    assert source.what == "a ViT by Hugging Face's names"
+    still = VideoTransformer(config, (4, height, width), still=True)
+    own = {key.removeprefix("encoder."): value for key, value in source.state.items() if key.startswith("encoder.")}
+    weights.load(still, own)
+    images = torch.randn(2, 3, crop, crop, generator=torch.Generator().manual_seed(2))
+    token = still(still.patches(images))[:, 0]
+    norm = nn.functional.layer_norm(token, (dim,), source.state["norm.weight"], source.state["norm.bias"], EPS)
+    logits = nn.functional.linear(norm, source.state["head.weight"], source.state["head.bias"])
+    _close(logits, theirs(pixel_values=images).logits, "logits")
+
+
+def _softmax_attention(block: nn.Module, x: Tensor, over: list[list[int]], heads: range) -> Tensor:
+    """(L, C) -> (L, len(heads) * C / h), one token and head at a time; i attends to the tokens `over[i]`."""
+    attention: Any = block
+    q, k, v = attention.qkv(x).view(len(x), 3, attention.num_heads, -1).unbind(1)
+    rows = []
+    for i, others in enumerate(over):
+        parts = []
+        for h in heads:
+            scores = torch.stack([q[i, h] @ k[j, h] for j in others]) / q.shape[-1] ** 0.5
+            parts.append(sum(w * v[j, h] for w, j in zip(scores.softmax(0), others)))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm2(x)), approximate="tanh"))
+
+
+def _by_hand(model: ViTClassifier, pixels: Tensor) -> Tensor:
+    """Logits of one clip by ViViT models 2 to 4 as the paper's section 3.3 describes them, one token at a time."""
+    encoder: Any = model.encoder
+    depth, height, width = encoder.grid
+    n, config = height * width, encoder.config
+    x = encoder.patch_embed.proj(pixels).flatten(2)[0].T  # (D N, C), depth first
+    every = range(config.num_heads)
+    if config.kind == "vivit_2":
+        frames = []
+        for d in range(depth):
+            y = torch.cat([encoder.cls_token[0], x[d * n : (d + 1) * n]]) + encoder.pos_embed[0]
+            for block in encoder.blocks:
+                whole = [list(range(n + 1))] * (n + 1)
+                y = y + block.attn.proj(_softmax_attention(block.attn, block.norm1(y), whole, every))
+                y = _mlp(block, y)
+            frames.append(encoder.spatial_norm(y)[0])
+        y = torch.cat([encoder.temporal.cls_token[0], torch.stack(frames)]) + encoder.temporal.pos_embed[0]
+        for block in encoder.temporal.blocks:
+            whole = [list(range(depth + 1))] * (depth + 1)
+            y = y + block.attn.proj(_softmax_attention(block.attn, block.norm1(y), whole, every))
+            y = _mlp(block, y)
+        return model.head(model.norm(y)[0])
+    y = x + encoder.pos_embed[0]
+    in_time = [[j for j in range(depth * n) if j % n == i % n] for i in range(depth * n)]
+    in_space = [[j for j in range(depth * n) if j // n == i // n] for i in range(depth * n)]
+    for block in encoder.blocks:
+        if config.kind == "vivit_3":
+            attend = block.temporal_attn
+            y = y + attend.proj(_softmax_attention(attend, block.temporal_norm1(y), in_time, every))
+            y = y + block.attn.proj(_softmax_attention(block.attn, block.norm1(y), in_space, every))
+        else:
+            z, half = block.norm1(y), config.num_heads // 2
+            time = _softmax_attention(block.attn, z, in_time, range(half))
+            space = _softmax_attention(block.attn, z, in_space, range(half, config.num_heads))
+            y = y + block.attn.proj(torch.cat([time, space], dim=1))
+        y = _mlp(block, y)
+    return model.head(model.norm(y).mean(0))
+
+
+@pytest.mark.parametrize("kind", ["vivit_2", "vivit_3", "vivit_4"])
+def test_the_other_models_of_vivit_by_hand(kind: str) -> None:
+    """Nobody else has them in PyTorch: one token and one head at a time, gradients too."""
+    size = (16, 2, 4, 8, 2, 6, 16)
+    ours, model = (scrambled(_ours(kind, size)) for _ in range(2))
+    pixels = _clips(size, 1)
+    logits, expected = ours(pixels)[0], _by_hand(model, pixels)
+    _close(logits, expected, "logits")
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), (_, q) in zip(ours.named_parameters(), model.named_parameters()):
+        assert p.grad is not None
+        assert q.grad is not None, name
+        _close(p.grad, q.grad, name)
+
+
+def test_drop_path_takes_whole_branches() -> None:
+    """Factor 0 leaves the identity of every block; the factors of one clip do not touch another's."""
+    for kind in ("videomae", "timesformer", "vivit_1", "vivit_2", "vivit_3", "vivit_4"):
+        size = (16, 2, 2, 8, 2, 4, 16)
+        model = scrambled(_ours(kind, size))
+        blocks, branches = len(model.encoder.config.drop_path_rates), model.encoder.config.branches
+        assert blocks == (2 + 4 if kind == "vivit_2" else 2)
+        pixels = _clips(size)
+        drop = torch.ones(blocks, branches, 2)
+        _close(model(pixels, drop), model(pixels), kind)
+        drop[:, :, 1] = 0
+        dropped = model(pixels, drop)
+        _close(dropped[0], model(pixels)[0], kind)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if (".proj." in name and "patch_embed" not in name) or ".fc2." in name or "temporal_fc" in name:
+                    p.zero_()  # branches that add nothing
+        _close(model(pixels)[1], dropped[1], kind)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_videomaes_original_names(heads: bool) -> None:
+    """The keys of its published files, pretrained and finetuned, there and back."""
+    size = (48, 2, 4, 8, 2, 8, 24)
+    config, grid = _config("videomae", size)
+    block = {"norm1.weight", "norm1.bias", "attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight"}
+    block |= {
+        "attn.proj.bias",
+        "norm2.weight",
+        "norm2.bias",
+        *(f"mlp.fc{i}.{p}" for i in "12" for p in ("weight", "bias")),
+    }
+    embed = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+    if heads:
+        model: nn.Module = scrambled(_ours("videomae", size))
+        published = {f"blocks.{i}.{key}" for i in range(2) for key in block} | embed
+        published |= {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    else:
+        model = scrambled(VideoMAE(config, DecoderConfig(embed_dim=24, depth=1, num_heads=2), grid))
+        published = {f"encoder.{key}" for key in embed | {f"blocks.{i}.{key}" for i in range(2) for key in block}}
+        published |= {"encoder.norm.weight", "encoder.norm.bias", "encoder_to_decoder.weight", "mask_token"}
+        published |= {f"decoder.{key}" for key in {f"blocks.0.{key}" for key in block}}
+        published |= {f"decoder.{part}.{p}" for part in ("norm", "head") for p in ("weight", "bias")}
+    exported = vit_names.to_videomae(model.state_dict())
+    assert set(exported) == published
+    back = vit_names.recognise(exported, whole=True)
+    assert "VideoMAE" in back.what
+    assert back.state.keys() == model.state_dict().keys()
+    assert all(torch.equal(back.state[key], value) for key, value in model.state_dict().items())
+
+
+def test_timesformers_original_names() -> None:
+    """Those of facebookresearch/TimeSformer, `models/vit.py`, under `model.`."""
+    model = scrambled(_ours("timesformer", (48, 2, 4, 8, 1, 4, 24)))
+    exported = vit_names.to_timesformer(model.state_dict())
+    assert {key for key in exported if ".blocks.1." not in key} == {
+        *(f"model.{key}" for key in ("cls_token", "pos_embed", "time_embed")),
+        *(f"model.{part}.{p}" for part in ("patch_embed.proj", "norm", "head") for p in ("weight", "bias")),
+        *(
+            f"model.blocks.0.{part}.{p}"
+            for part in (
+                *("norm1", "attn.qkv", "attn.proj", "temporal_norm1", "temporal_attn.qkv", "temporal_attn.proj"),
+                *("temporal_fc", "norm2", "mlp.fc1", "mlp.fc2"),
+            )
+            for p in ("weight", "bias")
+        ),
+    }
+    back = vit_names.recognise(exported)
+    assert back.what == "a TimeSformer by its original names"
+    assert all(torch.equal(back.state[key], value) for key, value in model.state_dict().items())
+
+
+def test_names_of_nobody() -> None:
+    with pytest.raises(WeightsError, match="the names are none of VideoMAE, ViViT, TimeSformer, a ViT"):
+        vit_names.recognise({"layers.0.weight": torch.zeros(1)})
+    model = _ours("videomae", (48, 2, 4, 8, 2, 8, 24))
+    state = {**vit_names.to_videomae(model.state_dict()), "blocks.0.attn.extra": torch.zeros(1)}
+    with pytest.raises(WeightsError, match=r"left over: encoder\.blocks\.0\.attn\.extra"):
+        weights.load(model, vit_names.recognise(state).state)
+    with pytest.raises(WeightsError, match=r"unknown keys encoder\.spatial_norm\.weight"):
+        vit_names.to_hugging_face(_ours("vivit_2", (48, 2, 4, 8, 2, 8, 24)).state_dict(), "vivit")
+
+
+PUBLISHED = {
+    "VideoMAE-B (mmaction2, README of its configuration: 87 M, 180 G)": (ViTConfig(), 16, 224, 87, 180, 0.01),
+    "VideoMAE-L (likewise: 305 M, 597 G)": (
+        ViTConfig(embed_dim=1024, depth=24, num_heads=16), 16, 224, 305, 597, 0.01,
+    ),
+    "ViViT-B/16x2 model 1 (arXiv 2103.15691, table 2)": (ViTConfig(kind="vivit_1"), 32, 224, 88.9, 455.2, 0.01),
+    "ViViT-B/16x2 model 2 (likewise)": (ViTConfig(kind="vivit_2"), 32, 224, 115.1, 284.4, 0.01),
+    "ViViT-B/16x2 model 3 (likewise)": (ViTConfig(kind="vivit_3"), 32, 224, 117.3, 372.3, 0.01),
+    "ViViT-B/16x2 model 4 (likewise)": (ViTConfig(kind="vivit_4"), 32, 224, 88.9, 277.1, 0.01),
+    "TimeSformer (arXiv 2102.05095, table 2: 121.4 M, 0.59 T for three views)": (
+        ViTConfig(kind="timesformer", tubelet=1), 8, 224, 121.4, 590 / 3, 0.01,
+    ),
+    "TimeSformer-HR (likewise, table 5: 5.11 T for three views)": (
+        ViTConfig(kind="timesformer", tubelet=1), 16, 448, None, 5110 / 3, 0.01,
+    ),
+    "TimeSformer-L (likewise: 7.14 T for three views)": (
+        ViTConfig(kind="timesformer", tubelet=1), 96, 224, None, 7140 / 3, 0.01,
+    ),
+}  # fmt: skip
+"""Configuration, frames, crop; parameters in millions and multiply-adds of a view in 10**9, and how near ours are."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_multiply_adds_are_the_published_ones(name: str) -> None:
+    config, frames, crop, million, giga, near = PUBLISHED[name]
+    with torch.device("meta"):
+        model = ViTClassifier(plain(config), 400, grid_of(config, frames, crop))
+        pixels = torch.empty(1, 3, frames, crop, crop)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixels)
+    counted = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
+    print(f"{name}: {counted[0]:.2f} M, {counted[1]:.2f} G")
+    assert million is None or counted[0] == pytest.approx(million, rel=near)
+    assert counted[1] == pytest.approx(giga, rel=near)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bevt.config import AnyConfig, Config, command_of, to_dict
+from bevt.config import AnyConfig, command_of, to_dict
 from bevt.recipes import ALL_RECIPES
 from bevt.train.metrics import read_rows
 from bevt.train.optim import build_optimizer
@@ -26,7 +26,6 @@ C = TypeVar("C", bound=AnyConfig)
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 """For commands in processes of their own, installed or not."""
-RECIPE = "joint_stage"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 """Two processes of this machine."""
 
@@ -38,7 +37,7 @@ def changed(config: C, **groups: dict[str, Any]) -> C:
 
 def command(config: AnyConfig, out: Path, *options: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
     """`bevt pretrain`, `finetune` or `contrast`: every key that differs from the recipe's given as a flag."""
-    recipe = RECIPE if isinstance(config, Config) else config.recipe
+    recipe = config.recipe
     words, base = [*python, "-m", "bevt", command_of(config), recipe], to_dict(ALL_RECIPES[recipe]())
     words += ["--out", str(out), *options]
     if init := getattr(config, "init", ""):

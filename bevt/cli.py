@@ -53,11 +53,12 @@ STOPPED = 3
 USAGE = """usage: bevt COMMAND ...
 
   demo                    pretrain on the embedded data, end to end, in minutes on two CPU cores
-  pretrain RECIPE         run a pretraining recipe; without one, list them
+  pretrain RECIPE         run a pretraining recipe, of BEVT or VideoMAE; without one, list them
   finetune RECIPE         learn classes, from pretrained weights; or train probes on frozen ones
   test RECIPE CHECKPOINT  classify held-out files by several views each: scores, classes, confusion
   predict VIDEO           what a finetuned model takes a file for, with a picture
   replicate               the paper's comparisons at a small scale, with a report, in an hour on two CPU cores
+  export CHECKPOINT       a checkpoint's weights by the names of the original code, Hugging Face or torchvision
   contrast RECIPE         the paper's baseline without labels and masks, on images
   slurm RECIPE            any of these trainings as a job of a Slurm cluster: many machines, requeued until finished
   tokenizer fit           train a VQ tokenizer on your own images or clips
@@ -170,6 +171,20 @@ class PredictArgs:
     """Classes that are named."""
     out: Path | None = None
     """Picture to write: a strip of frames, and the classes; default: the file's name with .prediction.png, here."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a checkpoint's weights for other people's code, averaged ones where there are such."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Of this project, of any stage."""
+    names: Literal["original", "hugging_face", "torchvision"]
+    """`original`: a file for the official code of BEVT, Video Swin (finetuned), VideoMAE or TimeSformer.
+    `hugging_face`: a folder for `from_pretrained`, of VideoMAE, ViViT's first model or TimeSformer. `torchvision`: a
+    state dict of `swin3d_*`."""
+    out: Path
+    """File or folder to write; it must not exist."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +518,14 @@ def _predict(argv: list[str]) -> int:
     return 0
 
 
+def _export(argv: list[str]) -> int:
+    args = _parse(ExportArgs, argv, "bevt export")
+    from bevt.train.export import export
+
+    print(export(args.checkpoint, args.names, args.out))
+    return 0
+
+
 def _slurm(argv: list[str]) -> int:
     from bevt.recipes import ALL_RECIPES
 
@@ -708,6 +731,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("replicate",): _replicate,
     ("test",): _test,
     ("predict",): _predict,
+    ("export",): _export,
     ("slurm",): _slurm,
     ("tokenizer", "fit"): _tokenizer_fit,
     ("tokenizer", "check"): _tokenizer_check,

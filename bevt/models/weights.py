@@ -44,9 +44,9 @@ class Report:
 def read_file(path: Path) -> State:
     """Tensors of a `.safetensors` file, or of the state dict in any other, which torch.save has written; on the CPU.
 
-    The state dict may lie under `state_dict` (mmcv), `model` (Swin, MoBY) or `model_state`; `module.` of a parallel
-    wrapper is taken off its names. Runs none of a pickle's code. Raises WeightsError where there is no such file, where
-    it is damaged, needs code of its own, or holds no state dict.
+    The state dict may lie under `state_dict` (mmcv), `model` (Swin, MoBY, VideoMAE), `module` (DeepSpeed, VideoMAE) or
+    `model_state` (TimeSformer); `module.` of a parallel wrapper is taken off its names. Runs none of a pickle's code.
+    Raises WeightsError where there is no such file, where it is damaged, needs code of its own, or holds no state dict.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is a folder, not a file of weights" if path.is_dir() else f"no file {path}")
@@ -63,7 +63,7 @@ def read_file(path: Path) -> State:
             f"{path} cannot be read as a file of weights: {type(error).__name__} {reason}; it is cut short, or neither "
             "from torch.save nor safetensors under that suffix"
         ) from error
-    for name in ("state_dict", "model", "model_state"):
+    for name in ("state_dict", "model", "module", "model_state"):
         if isinstance(held, dict) and isinstance(held.get(name), dict):
             held = held[name]
     if not isinstance(held, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -14,6 +15,8 @@ from bevt_kernels import Spec
 from bevt_kernels.baselines.common import compile_reasons
 from tiny import TORCHRUN, changed, command, figures, output, train_rows
 
+from benchmarks.foreign import torchvision_schemas
+from bevt import cli
 from bevt.config import (
     AnyConfig,
     AugmentConfig,
@@ -26,8 +29,10 @@ from bevt.config import (
     VideoMAETrainConfig,
     ViTConfig,
 )
+from bevt.models import weights
 from bevt.train import checkpoint
-from bevt.train.finetune import finetune
+from bevt.train.export import export
+from bevt.train.finetune import finetune, restore
 from bevt.train.loop import RunResult
 from bevt.train.metrics import RunError, read_rows
 from bevt.train.pretrain import pretrain
@@ -284,3 +289,80 @@ def test_a_folder_of_another_kind(
             replace(config, init=str(finished_systems["videomae"] / "checkpoints" / "last")),
             finished_systems["videomae"].parent / "new",
         )
+
+
+@pytest.mark.parametrize("name", ["videomae", "vivit_1", "timesformer"])
+def test_an_export_is_read_by_hugging_face(
+    name: str, systems: dict[str, AnyConfig], finished_systems: dict[str, Path], tmp_path: Path
+) -> None:
+    """`from_pretrained` has nothing left over or missing; what it computes is what the checkpoint's model does."""
+    torchvision_schemas()
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    path = finished_systems[name] / "checkpoints" / "last"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(path), "--names", "hugging_face", "--out", str(tmp_path / "hf")])
+    assert ended.value.code == 0
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    kind = getattr(transformers, about["architectures"][0])
+    theirs, found = kind.from_pretrained(tmp_path / "hf", output_loading_info=True, attn_implementation="eager")
+    assert not any(found.values()), found
+    config: Any = systems[name]
+    pixels = torch.randn(1, 3, config.data.frames, config.data.crop, config.data.crop)
+    if name == "videomae":
+        from bevt.train.videomae import build_model
+
+        model = build_model(config, torch.device("cpu"))
+        weights.load(model, checkpoint.load(path)["model"])
+        mask = torch.zeros(1, 2, 16, dtype=torch.bool)
+        mask[..., :12] = True
+        hidden, visible = (m.flatten().nonzero().T for m in (mask, ~mask))
+        with torch.no_grad():
+            expected = model.predict(model.encoder.patches(pixels), visible, hidden)
+            got = theirs.eval()(pixel_values=pixels.transpose(1, 2), bool_masked_pos=mask.flatten(1)).logits
+    else:
+        model = restore(path, config, torch.device("cpu"))[0].eval()
+        with torch.no_grad():
+            expected, got = model(pixels), theirs.eval()(pixel_values=pixels.transpose(1, 2)).logits
+        assert theirs.config.id2label == {0: "0", 1: "1", 2: "2"}
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)  # their last norm of VideoMAE has 1e-5
+
+
+@pytest.mark.parametrize("name", ["videomae", "timesformer"])
+def test_an_export_by_original_names_starts_a_run(
+    name: str, systems: dict[str, AnyConfig], finished_systems: dict[str, Path], tmp_path: Path
+) -> None:
+    """There and back: through a file that torch.save has written."""
+    path = finished_systems[name] / "checkpoints" / "last"
+    export(path, "original", tmp_path / "weights.pth")
+    config: Any = systems[name]
+    if name == "videomae":
+        from bevt.train.videomae import build_model, initialise
+
+        model: Any = build_model(config, torch.device("cpu"))
+        assert "VideoMAE's pretraining by its original names" in initialise(model, tmp_path / "weights.pth")
+    else:
+        model, classes = restore(tmp_path / "weights.pth", config, torch.device("cpu"))
+        assert classes == ("0", "1", "2")
+    saved = checkpoint.load(path)
+    for key, value in {**saved["model"], **saved.get("average", {})}.items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("name", "whose", "message"),
+    [
+        ("vivit_2", "hugging_face", "Hugging Face has VideoMAE, ViViT's first model and TimeSformer's classifier"),
+        ("timesformer_bevt", "hugging_face", "and not what recipe 'timesformer_joint_stage' trains"),
+        ("vivit_1", "original", "nobody's original code has names for what recipe 'vivit_k400' trains"),
+        ("videomae", "torchvision", "torchvision has names for a finetuned Video Swin of clips"),
+    ],
+)
+def test_exports_that_are_refused(
+    name: str, whose: Any, message: str, finished_systems: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(finished_systems[name] / "checkpoints" / "last", whose, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="exists: name another one"):
+        export(finished_systems["videomae"] / "checkpoints" / "last", "original", tmp_path / "out")

@@ -58,7 +58,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from benchmarks.arguments import positive
-from benchmarks.registry import DTYPES, OPS, Case, HeadCase, StepCase, TrainCase, VideoMAECase, grown
+from benchmarks.registry import DTYPES, OPS, Case, HeadCase, StepCase, TrainCase, VideoMAECase, ViTCase, grown
 from bevt.config import SIZES
 
 PATH = Path(__file__).parent / "results" / "aot.json"
@@ -391,7 +391,7 @@ def parts(case: Case) -> list[Case]:
     """
     if isinstance(case, WindowCase | LossCase | ArgmaxCase):
         return [case]
-    if isinstance(case, LinearCase | ConvCase | VideoMAECase):  # no kernels in Triton
+    if isinstance(case, LinearCase | ConvCase | VideoMAECase | ViTCase):  # no kernels in Triton
         return []
     if not isinstance(case, StepCase | HeadCase | TrainCase):
         raise TypeError(f"benchmarks/aot.py does not know which kernels {case} launches: say it in `parts`")

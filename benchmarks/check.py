@@ -46,13 +46,13 @@ CHOSEN: dict[str, dict[str, tuple[str, ...]]] = {
         "linear": ("swin-t stage 1 fc1", "swin-t stage 4 fc2"),
         "conv3x3": ("dalle group 2, 5 frames", "dalle group 4, 20 frames"),
         "train_step": ("swin-t, vq",),  # the shortest
-        "videomae_step": (),  # nothing in it is ours
+        **dict.fromkeys(("videomae_step", "vivit_step", "timesformer_step"), ()),  # long, and their layers are above
     },
     "cuda": {
         "window_attention": ("swin-b video stage 1 shifted", "swin-b video stage 3"),
         "masked_linear_cross_entropy": ("swin-b 8 clips, recipe masks", "vq"),
         "linear_argmax": ("dalle 128 frames", "vq"),
-        "videomae_step": (),
+        **dict.fromkeys(("videomae_step", "vivit_step", "timesformer_step"), ()),
     },
 }
 """Cases by device and op where neither --op nor --case says which; of an op that is missing, its first."""

@@ -63,7 +63,29 @@ class VideoMAECase:
     side: int = 224
 
 
-Case = WindowCase | LossCase | ArgmaxCase | LinearCase | ConvCase | StepCase | HeadCase | TrainCase | VideoMAECase
+@dataclass(frozen=True)
+class ViTCase:
+    """Forward and backward of classifying clips of (frames, 3, side, side)."""
+
+    batch: int
+    kind: Literal["vivit_1", "timesformer"]
+    frames: int
+    size: Literal["tiny", "base"] = "base"
+    side: int = 224
+
+
+Case = (
+    WindowCase
+    | LossCase
+    | ArgmaxCase
+    | LinearCase
+    | ConvCase
+    | StepCase
+    | HeadCase
+    | TrainCase
+    | VideoMAECase
+    | ViTCase
+)
 
 PER_CLIP = ("batch", "rows", "slots", "used")
 """Fields of a case that grow with the number of clips."""
@@ -124,6 +146,7 @@ WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS = (
     for op in ("window_attention*", "masked_linear_cross_entropy*", "linear_argmax", "linear", "conv3x3")
 )
 
+VIT_TESTS = "tests/models/test_vit.py"
 TOKENIZER_TESTS = (ARGMAX_TESTS, CONV_TESTS)
 
 CLIP = LossCase(rows=3136, channels=1024, classes=8192, slots=1568, used=1176)
@@ -233,7 +256,13 @@ OPS = {
         },
         (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS),
     ),
-    "videomae_step": Op({"base": Entry("base", VideoMAECase(1), {"cpu": 1, "cuda": 8})}, ()),
+    "videomae_step": Op({"base": Entry("base", VideoMAECase(1), {"cpu": 1, "cuda": 8})}, (LINEAR_TESTS, VIT_TESTS)),
+    "vivit_step": Op(
+        {"base": Entry("base", ViTCase(1, "vivit_1", 32), {"cpu": 1, "cuda": 8})}, (LINEAR_TESTS, VIT_TESTS)
+    ),
+    "timesformer_step": Op(
+        {"base": Entry("base", ViTCase(1, "timesformer", 8), {"cpu": 1, "cuda": 8})}, (LINEAR_TESTS, VIT_TESTS)
+    ),
 }
 
 
@@ -283,6 +312,8 @@ PARTS = {
         Part("linear_argmax", "vq", 15),
         Part("window_attention", "memory", 75),
         Part("videomae_step", "base", 60),
+        Part("timesformer_step", "base", 120),
+        Part("vivit_step", "base", 240),
         Part("train_step", "swin-t vq", 85),
         Part("tokenizer", "", 50),
         Part("data", "", 65),
@@ -305,6 +336,8 @@ PARTS = {
         Part("masked_linear_cross_entropy", "vq", 8),
         Part("linear_argmax", "vq", 4),
         Part("videomae_step", "base", 10),
+        Part("timesformer_step", "base", 12),
+        Part("vivit_step", "base", 15),
         Part("data", "", 10),
         Part("window_attention", "784 tokens", 6),
     ),

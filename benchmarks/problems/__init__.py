@@ -6,7 +6,7 @@ from benchmarks.problems.base import Contestant, Leaves, Problem, Work
 from benchmarks.problems.models import MaskedHead, VideoSwinStep
 from benchmarks.problems.ops import Conv3x3, Linear, LinearArgmax, MaskedLinearCrossEntropy, WindowAttention
 from benchmarks.problems.train import TrainingStep
-from benchmarks.problems.yardstick import VideoMAEStep
+from benchmarks.problems.yardstick import VideoMAEStep, ViTStep
 from benchmarks.registry import grown
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MaskedLinearCrossEntropy",
     "Problem",
     "TrainingStep",
+    "ViTStep",
     "VideoMAEStep",
     "VideoSwinStep",
     "WindowAttention",
@@ -37,6 +38,8 @@ KINDS: dict[str, type[Problem]] = {
     "masked_head": MaskedHead,
     "train_step": TrainingStep,
     "videomae_step": VideoMAEStep,
+    "vivit_step": ViTStep,
+    "timesformer_step": ViTStep,
 }
 
 

@@ -83,8 +83,8 @@ class VideoMAE(nn.Module):
     def predict(self, patches: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Normalised pixels of the hidden patches, (B, m, P) in order of pixel, colour, from all (B, D, N, P)."""
         x = self.encoder_to_decoder(self.norm(self.encoder(patches, visible=visible)))
-        places = self.decoder_pos_embed.to(x.dtype)
-        x = torch.cat([x + places[visible], self.mask_token.to(x.dtype) + places[hidden]], dim=1)
+        places = self.decoder_pos_embed
+        x = torch.cat([x + places[visible], self.mask_token + places[hidden]], dim=1)
         return self.decoder(x, hidden.shape[1])
 
     def rebuilt(self, pixels: Tensor, visible: Tensor, hidden: Tensor, pixel_std: Tensor) -> Tensor:

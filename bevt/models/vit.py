@@ -15,7 +15,8 @@ vivit_2      each depth by itself, then over its outputs   two           of spac
 vivit_3      in each block over time, then over space      no            of each token           mean of the norm
 vivit_4      half of the heads over time, half over space  no            of each token           mean of the norm
 
-VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default.
+VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default. Under autocast the residual stream
+is in the type of the positions that begin it, float32.
 """
 
 from __future__ import annotations
@@ -329,13 +330,13 @@ class VideoTransformer(nn.Module):
         kind, (b, depth, n, _) = self.config.kind, x.shape
         if visible is not None:
             x = self.patch_embed(taken(x.flatten(1, 2), visible))
-            x = x + self.pos_embed[0][visible].to(x.dtype)
+            x = x + self.pos_embed[0][visible]
             for block, own in zip(self.blocks, factors):
                 x = block(x, own)
             return x
         x = self.patch_embed(x)
         if hidden is not None and mask_token is not None:
-            x = torch.where(hidden.unsqueeze(-1), mask_token.to(x.dtype), x)
+            x = torch.where(hidden.unsqueeze(-1), mask_token, x)
         if kind == "timesformer":
             place = self.pos_embed[:, 1:]
             if depth > 1:
@@ -348,7 +349,7 @@ class VideoTransformer(nn.Module):
         elif kind in ("vivit_3", "vivit_4"):
             x = x + self.pos_embed.unflatten(1, (depth, n))
         else:
-            x = x.flatten(1, 2) + self.pos_embed[:, int(kind in CLASS_TOKEN) :].to(x.dtype)
+            x = x.flatten(1, 2) + self.pos_embed[:, int(kind in CLASS_TOKEN) :]
         if kind in ("timesformer", "vivit_1"):
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), x], dim=1)
         for block, own in zip(self.blocks, factors):

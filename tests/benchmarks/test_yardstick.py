@@ -1,4 +1,4 @@
-"""Other people's steps: the same result by each contestant, work counted right, and a machine without the package."""
+"""Steps of other systems: the same result by each contestant, work counted right, a machine without the package."""
 
 from pathlib import Path
 from types import ModuleType
@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import memory, registry, run, verify
 from benchmarks.problems import yardstick
-from benchmarks.problems.yardstick import VideoMAECase, VideoMAEStep, tube_masks
-from benchmarks.registry import OPS, Entry, Op
+from benchmarks.problems.yardstick import VideoMAECase, VideoMAEStep, ViTStep, tube_masks
+from benchmarks.registry import OPS, Entry, Op, ViTCase
 
 TINY = VideoMAECase(2, frames=4, side=64, size="tiny")
+CLASSIFIERS = [ViTCase(2, kind, frames=4, side=64, size="tiny") for kind in ("vivit_1", "timesformer")]
 
 
 def test_tubes_hide_nine_of_ten_patches() -> None:
@@ -31,11 +32,30 @@ def test_each_attention_gives_the_same_step(
     monkeypatch.setitem(registry.DTYPES, "cpu", dtype)
     problem = VideoMAEStep(TINY, "cpu")
     assert [problem.models[name].config._attn_implementation for name in ("sdpa", "eager")] == ["sdpa", "eager"]
+    able = [name for name in problem.names if not problem.contestants[name].reasons]
+    assert able == list(problem.names[dtype == torch.bfloat16 :]), "the native layers are for float32"
+    good, wrong = verify.contestants(problem, able)
+    assert (good, wrong) == (able, {})
+    kinds = problem.judged(problem.step("reference"))
+    assert {"loss", "grad query.weight", "grad head.weight", "grad encoder_to_decoder.weight"} <= set(kinds)
+    assert all(bool(x.any()) for x in kinds.values()), "a gradient is zero: its parameter takes no part"
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=["vivit_1", "timesformer"])
+def test_each_classifier_gives_the_same_step(flava: ModuleType, case: ViTCase) -> None:
+    problem = ViTStep(case, "cpu")
     good, wrong = verify.contestants(problem, list(problem.names))
     assert (good, wrong) == (list(problem.names), {})
-    kinds = problem.judged(problem.step("hugging face sdpa"))
-    assert {"loss", "grad query.weight", "grad head.weight", "grad mask_token"} <= set(kinds)
-    assert all(bool(x.any()) for x in kinds.values()), "a gradient is zero: its parameter takes no part"
+    assert ("hugging face sdpa" in problem.names) == (case.kind == "vivit_1"), "TimeSformer's is eager there"
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=["vivit_1", "timesformer"])
+def test_work_of_classifiers_is_what_torch_counts(flava: ModuleType, case: ViTCase) -> None:
+    problem = ViTStep(case, "cpu")
+    marks: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        problem.step("hugging face eager", mark=lambda: marks.append(counter.get_total_flops()))
+    assert problem.work()["forward"].flop == marks[0]
 
 
 def test_work_is_what_torch_counts_but_for_hidden_patches(flava: ModuleType) -> None:
@@ -58,7 +78,7 @@ def test_a_run_has_rows_of_both(
         (name, quantity) for name in VideoMAEStep.names for quantity in VideoMAEStep.quantities
     }
     assert all(row["version"][0].isdigit() for row in rows), "the version of transformers"
-    assert "within the error rule: hugging face sdpa, hugging face eager" in capsys.readouterr().out
+    assert "within the error rule: native, reference, hugging face sdpa, hugging face eager" in capsys.readouterr().out
 
 
 def test_without_transformers_nobody_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

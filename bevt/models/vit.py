@@ -15,8 +15,8 @@ vivit_2      each depth by itself, then over its outputs   two           of spac
 vivit_3      in each block over time, then over space      no            of each token           mean of the norm
 vivit_4      half of the heads over time, half over space  no            of each token           mean of the norm
 
-VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default. Under autocast the residual stream
-is in the type of the positions that begin it, float32.
+VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default. Under autocast the residual
+stream is in the type of the positions that begin it, float32.
 """
 
 from __future__ import annotations

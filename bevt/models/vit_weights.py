@@ -55,6 +55,8 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     - `timesformer` from images: attention over time and its norm are copies of those over space, its last linear layer
       keeps its start (zero but for the first block). `vivit_3`: attention over time is a copy, or keeps its start
       (`config.temporal_init`); its norm keeps it. `vivit_2`: all over time keeps its start.
+    - A ViViT from a `timesformer`: its places in time are added to those in space (of `vivit_2` they are left out), and
+      its attention over time is `vivit_3`'s, last linear layer and all; the others have no place for it.
 
     Raises WeightsError where positions cannot be converted.
     """
@@ -63,16 +65,21 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     embed = out.get("encoder.patch_embed.proj.weight")
     if embed is not None and embed.ndim == 4 and kind != "timesformer":
         out["encoder.patch_embed.proj.weight"] = inflated(embed, config)
+    if kind.startswith("vivit") and "encoder.time_embed" in out:
+        out = _without_divided(out, config, depth)
     classed = "encoder.cls_token" in out
     if classed and kind not in CLASS_TOKEN:
         del out["encoder.cls_token"]
+    times = out.pop("encoder.time_embed", None) if kind.startswith("vivit") else None
     if POSITIONS in out and kind != "videomae":
         places = (1 if kind in ("timesformer", "vivit_2") else depth, height, width)
         out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind in CLASS_TOKEN)
+        if times is not None and kind != "vivit_2":
+            later = times.repeat_interleave(height * width, dim=1)
+            out[POSITIONS] = out[POSITIONS] + F.pad(later, (0, 0, int(kind in CLASS_TOKEN), 0))
     if kind == "timesformer":
         if "encoder.time_embed" in out:
-            moved = out["encoder.time_embed"].transpose(1, 2)
-            out["encoder.time_embed"] = F.interpolate(moved, size=depth, mode="nearest").transpose(1, 2)
+            out["encoder.time_embed"] = _times(out["encoder.time_embed"], depth)
         else:
             missing += [r"encoder\.time_embed"]
     if kind == "vivit_2" and not any(key.startswith("encoder.temporal.") for key in out):
@@ -87,6 +94,26 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
         kept = {"attn", "norm1", "fc"} - set(copied)
         missing += [rf"encoder\.blocks\.\d+\.temporal_{part}\..*" for part in sorted(kept)]
     return out, missing
+
+
+def _without_divided(state: State, config: ViTConfig, depth: int) -> State:
+    """A `timesformer`'s for a ViViT: attention over time as its third model has it, or none; `depth` times."""
+    out = dict(state)
+    out["encoder.time_embed"] = _times(out["encoder.time_embed"], depth)
+    for key in [key for key in state if ".temporal_" in key]:
+        value = out.pop(key)
+        if config.kind != "vivit_3" or ".temporal_fc." in key:
+            continue
+        if match := re.fullmatch(r"(.*)\.temporal_attn\.proj\.(weight|bias)", key):
+            last = state[f"{match[1]}.temporal_fc.weight"]
+            value = last @ value + (state[f"{match[1]}.temporal_fc.bias"] if match[2] == "bias" else 0)
+        out[key] = value
+    return out
+
+
+def _times(times: Tensor, depth: int) -> Tensor:
+    """(1, d, C) -> (1, depth, C), the nearest each."""
+    return F.interpolate(times.transpose(1, 2), size=depth, mode="nearest").transpose(1, 2)
 
 
 def inflated(weight: Tensor, config: ViTConfig) -> Tensor:
@@ -107,13 +134,14 @@ def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool) -> Tens
         raise WeightsError(f"{POSITIONS} has no place for a class token, which this model has")
     if rest.shape[1] != depth * height * width:
         side = math.isqrt(rest.shape[1])
-        if side * side != rest.shape[1]:
+        if rest.shape[1] != height * width and side * side != rest.shape[1]:
             raise WeightsError(
                 f"{POSITIONS} has {rest.shape[1]} places, which is neither {depth} x {height} x {width} nor the square "
                 "of an image model: frames, crop and patch must be those that it was trained with"
             )
-        image = rest.unflatten(1, (side, side)).movedim(-1, 1).float()
-        if (side, side) != (height, width):
+        if rest.shape[1] != height * width:
+            image = rest.unflatten(1, (side, side)).movedim(-1, 1).float()
             image = F.interpolate(image, size=(height, width), mode="bilinear", align_corners=True)
-        rest = image.flatten(2).transpose(1, 2).to(places.dtype).repeat(1, depth, 1)
+            rest = image.flatten(2).transpose(1, 2).to(places.dtype)
+        rest = rest.repeat(1, depth, 1)
     return torch.cat([first, rest], dim=1) if wanted else rest.contiguous()

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import changed, command, output, train_rows
 
-from bevt.config import FinetuneConfig
+from bevt.config import IMAGENET, FinetuneConfig
+from bevt.data.augment import to_encoder_clips
+from bevt.data.build import make_backend
+from bevt.data.manifest import index
+from bevt.data.sampling import Sampler
 from bevt.evaluate.predictions import Predictions
+from bevt.models import vit_names
+from bevt.models.classifier import build
+from bevt.recipes import FINETUNE_RECIPES
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install av")
 
@@ -97,3 +106,29 @@ def test_a_prediction_is_the_tests(run: Path, dumped: Predictions, videos: list[
     with Image.open(picture) as image:
         image.load()
         assert min(image.size) > 100
+
+
+def test_published_weights_of_videomae(videos: list[Path], tmp_path: Path) -> None:
+    """A file by Hugging Face's names (of one block, else VideoMAE-B's size), tested as it is: 5 x 3 views of each."""
+    recipe = FINETUNE_RECIPES["videomae_k400"]()
+    config = changed(recipe, model={"depth": 1})
+    torch.manual_seed(0)
+    model = build(config, 4)
+    torch.nn.init.normal_(model.head.weight)
+    file, listed = tmp_path / "model.safetensors", tmp_path / "list.txt"
+    save_file(vit_names.to_hugging_face(model.state_dict(), "videomae"), file)
+    listed.write_text("".join(f"{path.absolute()} {number}\n" for number, path in enumerate(videos)))
+    words = [*BEVT, "test", "videomae_k400", str(file), "--model.depth", "1", "--data.val-clips", str(listed)]
+    words += ["--train.precision", "float32", "--out", str(tmp_path / "test"), "--dump", str(tmp_path / "out.parquet")]
+    printed = output([*words, "--test.memory", "1", "--data.workers", "0"], timeout=300)
+    assert "4 files, 5 x 3 views each" in printed
+    dump = Predictions.load(tmp_path / "out.parquet")
+    assert dump.probabilities.shape == (4, 5, 3, 4)
+    # By hand: one view of one file, decoded and cut by the same requests.
+    manifest = index(str(listed), "clips")
+    view = Sampler(manifest, config.data, "clips", 0, train=False).grid(2, 5, 3)[7]
+    frames = torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8)
+    make_backend("pyav", config.data).read([view], [frames[0]])
+    with torch.no_grad():
+        expected = model.eval()(to_encoder_clips(frames, IMAGENET)).softmax(-1)[0]
+    np.testing.assert_allclose(dump.probabilities[2, 2, 1], expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,179 @@
+"""Weights of one vision transformer for another: what is kept, what starts as its authors have it, what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevt.config import ViTConfig, ViTKind
+from bevt.models import vit_weights, weights
+from bevt.models.classifier import ViTClassifier
+from bevt.models.names import Source, State, WeightsError
+from bevt.models.vit import VideoTransformer
+from bevt.models.vit_weights import fitted
+
+DIM, GRID = 16, (4, 2, 3)
+SMALL = ViTConfig(embed_dim=DIM, depth=2, num_heads=2, patch=8, temporal_depth=1)
+
+
+def config(kind: ViTKind, **more: object) -> ViTConfig:
+    values = {**SMALL.__dict__, "kind": kind, "tubelet": 1 if kind == "timesformer" else 2, **more}
+    return ViTConfig(**values)  # type: ignore[arg-type]
+
+
+def classifier(kind: ViTKind, **more: object) -> ViTClassifier:
+    torch.manual_seed(1)
+    return ViTClassifier(config(kind, **more), 3, GRID)
+
+
+def noise(shape: torch.Size, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def image() -> Source:
+    """An image model's weights, all random: 5 x 5 places."""
+    model = VideoTransformer(config("timesformer"), (1, 5, 5), still=True)
+    state = {f"encoder.{name}": noise(p.shape, i) for i, (name, p) in enumerate(model.state_dict().items())}
+    state |= {"norm.weight": noise(torch.Size([DIM]), 90), "norm.bias": noise(torch.Size([DIM]), 91)}
+    state |= {"head.weight": noise(torch.Size([9, DIM]), 92), "head.bias": noise(torch.Size([9]), 93)}
+    return Source("an image model", state)
+
+
+@pytest.mark.parametrize("how", ["central", "average"])
+def test_patches_of_images_become_tubes(image: Source, how: str) -> None:
+    """Central: what the second of two frames is; average: a clip of one frame repeated gives the image's tokens."""
+    model = classifier("vivit_1", inflation=how)
+    vit_weights.start(model, image)
+    embed = model.encoder.patch_embed
+    weight, bias = (image.state[f"encoder.patch_embed.proj.{name}"] for name in ("weight", "bias"))
+    clip = noise(torch.Size([1, 3, 8, 16, 24]), 5)
+    tokens = embed(model.encoder.patches(clip)).view(1, 4, 2, 3, DIM).permute(0, 4, 1, 2, 3)
+    for d in range(4):
+        frame = clip[:, :, 2 * d + 1] if how == "central" else clip[:, :, 2 * d : 2 * d + 2].mean(2)
+        torch.testing.assert_close(tokens[:, :, d], F.conv2d(frame, weight, bias, stride=8), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vivit_1", "vivit_2", "vivit_3", "vivit_4", "timesformer"])
+def test_places_of_images(image: Source, kind: ViTKind) -> None:
+    """Interpolated with corners on corners; repeated over time where each token has one of its own."""
+    model = classifier(kind)
+    report = vit_weights.start(model, image)
+    assert set(report.unused) == {"head.weight", "head.bias"}
+    old = image.state["encoder.pos_embed"]
+    got = model.encoder.pos_embed
+    classed = kind in ("vivit_1", "vivit_2", "timesformer")
+    if classed:
+        assert torch.equal(got[:, 0], old[:, 0])
+        assert torch.equal(model.encoder.cls_token, image.state["encoder.cls_token"])
+    grid = old[0, 1:].view(5, 5, DIM)
+    places = got[0, int(classed) :].view(-1, 2, 3, DIM)
+    assert len(places) == (1 if kind in ("vivit_2", "timesformer") else 4)
+    for each in places:
+        for y, x in ((0, 0), (0, 2), (1, 0), (1, 2)):
+            torch.testing.assert_close(each[y, x], grid[4 * y, 2 * x])
+        torch.testing.assert_close(each[0, 1], grid[0, 2], msg="the middle column is a place of the old ones")
+
+
+def test_equal_places_are_taken_as_they_are() -> None:
+    """Of a model of the same grid, whose number of tokens happens to be a square, too."""
+    torch.manual_seed(0)
+    old = ViTClassifier(config("vivit_1"), 3, (4, 2, 2))  # 16 tokens
+    new = ViTClassifier(config("vivit_1"), 3, (4, 2, 2))
+    state = {name: noise(p.shape, i) for i, (name, p) in enumerate(old.state_dict().items())}
+    vit_weights.start(new, Source("itself", state), head=True)
+    assert all(torch.equal(value, state[name]) for name, value in new.state_dict().items())
+
+
+def test_what_attends_over_time_starts_as_its_authors_have_it(image: Source) -> None:
+    timesformer = classifier("timesformer")
+    report = vit_weights.start(timesformer, image)
+    kept = {re.sub(r"\d+", "*", name) for name in report.missing}
+    assert kept == {"encoder.time_embed", "head.weight", "head.bias"} | {
+        f"encoder.blocks.*.temporal_fc.{p}" for p in ("weight", "bias")
+    }
+    own = timesformer.state_dict()
+    for name, value in image.state.items():
+        if ".attn." in name or ".norm1." in name:
+            copied = name.replace(".attn.", ".temporal_attn.").replace(".norm1.", ".temporal_norm1.")
+            assert torch.equal(own[copied], value), name
+    assert (own["encoder.blocks.1.temporal_fc.weight"] == 0).all()
+    assert (own["encoder.blocks.0.temporal_fc.weight"] != 0).any()
+    assert (own["encoder.time_embed"] == 0).all()
+
+
+@pytest.mark.parametrize("how", ["copy", "zero"])
+def test_the_third_model_of_vivit(image: Source, how: str) -> None:
+    model = classifier("vivit_3", temporal_init=how)
+    vit_weights.start(model, image)
+    block = model.encoder.blocks[0]
+    assert (block.temporal_norm1.weight == 1).all(), "scenic leaves this norm as it is"
+    if how == "copy":
+        assert torch.equal(block.temporal_attn.qkv.weight, image.state["encoder.blocks.0.attn.qkv.weight"])
+    else:
+        assert (block.temporal_attn.proj.weight == 0).all()
+
+
+def test_the_second_model_of_vivit(image: Source) -> None:
+    """The image model is the spatial one, norm included."""
+    model = classifier("vivit_2")
+    report = vit_weights.start(model, image)
+    assert torch.equal(model.encoder.spatial_norm.weight, image.state["norm.weight"])
+    names = {name for name in model.state_dict() if name.startswith(("encoder.temporal.", "norm.", "head."))}
+    assert set(report.missing) == names
+
+
+def test_a_timesformer_starts_the_third_model_as_what_it_is() -> None:
+    """Without class tokens both compute the same: its last layer over time is part of the projection before it."""
+    torch.manual_seed(0)
+    old = VideoTransformer(config("timesformer"), GRID)
+    state: State = {f"encoder.{name}": noise(p.shape, i) / 4 for i, (name, p) in enumerate(old.state_dict().items())}
+    weights.load(old, {name.removeprefix("encoder."): value for name, value in state.items()})
+    wanted = config("vivit_3", tubelet=1)
+    new = VideoTransformer(wanted, GRID)
+    out, missing = fitted(state, wanted, GRID)
+    out["encoder.patch_embed.proj.weight"] = state["encoder.patch_embed.proj.weight"].unsqueeze(2)
+    assert missing == []
+    weights.load(new, {name.removeprefix("encoder."): value for name, value in out.items()})
+    clip = noise(torch.Size([2, 3, 4, 16, 24]), 7)
+    torch.testing.assert_close(new.patch_embed(new.patches(clip)), old.patch_embed(old.patches(clip)))
+    x = noise(torch.Size([2, 4, 6, DIM]), 8)
+    for before, after in zip(old.blocks, new.blocks):
+        branch = before.temporal_fc(before._over_time(x))
+        torch.testing.assert_close(after._over_time(x), branch, rtol=1e-4, atol=1e-4)
+    times = state["encoder.time_embed"][0, :, None] + state["encoder.pos_embed"][0, None, 1:]
+    torch.testing.assert_close(new.pos_embed.view(4, 6, DIM), times)
+
+
+@pytest.mark.parametrize("kind", ["vivit_1", "vivit_2", "vivit_4"])
+def test_a_timesformer_starts_the_others_without_its_time(kind: ViTKind) -> None:
+    torch.manual_seed(0)
+    old = ViTClassifier(config("timesformer"), 3, (8, 2, 3))
+    state = {name: noise(p.shape, i) for i, (name, p) in enumerate(old.state_dict().items())}
+    model = classifier(kind)
+    vit_weights.start(model, Source("a TimeSformer", state))
+    places, times = state["encoder.pos_embed"][0, 1:], state["encoder.time_embed"][0, ::2]
+    got = model.encoder.pos_embed[0, int(kind != "vivit_4") :]
+    torch.testing.assert_close(got, places if kind == "vivit_2" else (times[:, None] + places).flatten(0, 1))
+
+
+def test_what_does_not_fit(image: Source) -> None:
+    before = {name: value.clone() for name, value in classifier("vivit_1").state_dict().items()}
+    model = classifier("vivit_1")
+    for change, message in (
+        ({"encoder.pos_embed": torch.zeros(1, 1 + 7, DIM)}, "has 7 places, which is neither 4 x 2 x 3 nor the square"),
+        ({"encoder.blocks.7.norm1.weight": torch.zeros(DIM)}, "left over: encoder.blocks.7.norm1.weight"),
+        ({"encoder.blocks.0.mlp.fc1.bias": torch.zeros(5)}, r"of another shape: encoder.blocks.0.mlp.fc1.bias \(5,\)"),
+    ):
+        with pytest.raises(WeightsError, match=f"an image model: .*{message}"):
+            vit_weights.start(model, Source("an image model", {**image.state, **change}))
+    without = {name: value for name, value in image.state.items() if name != "encoder.cls_token"}
+    with pytest.raises(WeightsError, match="has no place for a class token, which this model has"):
+        vit_weights.start(model, Source("an image model", without))
+    with pytest.raises(WeightsError, match="has no classes to be tested on"):
+        vit_weights.start(model, Source("x", {}), head=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was written"

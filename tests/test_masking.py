@@ -234,6 +234,16 @@ def test_random_3d_hides_the_tubes_mean_share_uniformly() -> None:
     assert abs(share - 0.375).max() < 5 * math.sqrt(0.375 * 0.625 / 4000)
 
 
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.9, 176), (0.75, 147), (0.95, 186)])
+def test_random_tube_hides_the_same_patches_of_all_frames(ratio: float, hidden: int) -> None:
+    """As many in every sample, rounded down as in VideoMAE's code, each patch equally often."""
+    mask = generate(MaskConfig(kind="random_tube", ratio=ratio), np.arange(4000), CLIP)
+    assert (mask == mask[:, :1]).all()
+    assert (mask[:, 0].sum((1, 2)) == hidden).all()
+    share = hidden / 196
+    assert abs(mask[:, 0].mean(0) - share).max() < 5 * math.sqrt(share * (1 - share) / 4000)
+
+
 # Seeds.
 
 
@@ -274,6 +284,7 @@ def test_no_seeds_give_no_masks() -> None:
         (MaskConfig(kind="random_frame", ratio=0.4), CLIP, 8 * 78),
         (MaskConfig(kind="random_3d"), CLIP, 588),
         (MaskConfig(tube=(0.1, 0.1)), (4, 14, 14), 98),
+        (MaskConfig(kind="random_tube", ratio=0.9), CLIP, 8 * 176),
     ],
 )
 def test_capacity(config: MaskConfig, grid: tuple[int, int, int], expected: int) -> None:
@@ -295,6 +306,8 @@ def test_capacity(config: MaskConfig, grid: tuple[int, int, int], expected: int)
         (MaskConfig(tube=(0.8, 0.5)), CLIP, r"clip_mask\.tube .*0\.8, 0\.5"),
         (MaskConfig(min_aspect=2.0), CLIP, r"clip_mask\.min_aspect .* 2\.0"),
         (TUBE, (0, 14, 14), "0x14x14"),
+        (MaskConfig(kind="random_tube", ratio=0.004), CLIP, r"clip_mask\.ratio = 0\.004 hides 0 of 196 patches"),
+        (MaskConfig(kind="random_tube", ratio=1.0), CLIP, r"clip_mask\.ratio = 1\.0 hides 196 of 196 patches"),
     ],
 )
 def test_impossible_masks_are_refused_by_key(config: MaskConfig, grid: tuple[int, int, int], message: str) -> None:

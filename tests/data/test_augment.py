@@ -282,3 +282,37 @@ def test_no_value_is_read() -> None:
     mixed, soft = augment.mix(augment.erase(clips, np.arange(8), 1.0), targets, np.arange(8), 1.0, 1.0)
     assert mixed.shape == clips.shape
     assert soft.shape == targets.shape
+
+
+def test_color_augment_leaves_clips_alone_that_are_not_drawn() -> None:
+    clips = torch.randint(256, (4, 2, 6, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(augment.color_augment(clips, np.arange(4), 0.0, 0.0), clips)
+
+
+def test_color_augment_is_a_jitter_of_each_clip_by_itself() -> None:
+    """Factors of 0.6 to 1.4, alike for all frames; what a clip gets does not depend on its neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randint(60, 180, (1, 1, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    clips = frame.expand(300, 3, -1, -1, -1).contiguous()
+    out = augment.color_augment(clips, np.arange(300), 0.8, 0.0)
+    assert (out == out[:, :1]).all(), "frames of a clip are alike before, so after too"
+    changed = (out != clips).flatten(1).any(1).double().mean().item()
+    assert abs(changed - 0.8) < 5 * math.sqrt(0.8 * 0.2 / 300)
+    alone = torch.cat([augment.color_augment(clips[i : i + 1], np.array([i]), 0.8, 0.0) for i in range(20)])
+    assert torch.equal(alone, out[:20])
+    flat = torch.full((300, 1, 4, 4, 3), 100, dtype=torch.uint8)  # contrast and saturation leave it alone
+    levels = augment.color_augment(flat, np.arange(300), 1.0, 0.0).flatten(1)[:, 0].double()
+    assert levels.min() >= 57, "each adjustment cuts to whole levels"
+    assert levels.max() <= 140
+    assert abs(levels.mean() - 99) < 5 * 23.1 / math.sqrt(300)
+
+
+def test_color_augment_drops_colours() -> None:
+    """Grey as often as asked: all three levels are the whole part of Rec. 601's sum."""
+    clips = torch.randint(256, (400, 1, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    out = augment.color_augment(clips, np.arange(400), 0.0, 0.1)
+    grey = (out == out[..., :1]).flatten(1).all(1)
+    assert abs(grey.double().mean().item() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 400)
+    assert torch.equal(out[~grey], clips[~grey])
+    expected = (clips[grey].double() @ torch.tensor(augment.LUMA, dtype=torch.float64)).floor()
+    assert ((out[grey][..., 0].double() - expected).abs() <= 1).all()

@@ -337,6 +337,52 @@ def test_numbers_of_a_box_have_nothing_to_do_with_each_other() -> None:
     assert np.abs(np.corrcoef(columns) - np.eye(6)).max() < 5 / np.sqrt(4000)
 
 
+SCALES = (1.0, 0.875, 0.75, 0.66)
+
+
+def test_multi_scale_crops_are_those_of_tsn() -> None:
+    """Sides of the short side's shares, at most one apart in the list; 13 places; all combinations equally often.
+
+    As `GroupMultiScaleCrop` of VideoMAE's code lists them: 10 pairs of sides, corners, edges, centre and quarters.
+    """
+    sampler = Sampler(of_size(400, 320), replace(DataConfig(), crop_scales=SCALES), "clips", 0)
+    sides = [int(320 * scale) for scale in SCALES]
+    expected = {}
+    for i, high in enumerate(sides):
+        for wide in sides[max(i - 1, 0) : i + 2]:
+            down, right = (320 - high) // 4, (400 - wide) // 4
+            places = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)] + [(y, x) for y in (1, 3) for x in (1, 3)]
+            for y, x in places:
+                resize = round(320 * 224 / high), round(400 * 224 / wide)
+                crop = round(y * down * 224 / high), round(x * right * 224 / wide)
+                at = min(crop[0], resize[0] - 224), min(crop[1], resize[1] - 224)
+                expected[resize, at] = expected.get((resize, at), 0) + 1
+    count = 13000
+    requests = [sampler.request(position) for position in range(count)]
+    found: dict[object, int] = {}
+    for request in requests:
+        found[request.resize, request.crop] = found.get((request.resize, request.crop), 0) + 1
+    assert found.keys() == expected.keys()
+    for key, times in expected.items():  # of 130
+        assert abs(found[key] - 100 * times) < 6 * np.sqrt(100 * times), key
+    flips = np.array([request.flip for request in requests])
+    assert abs(flips.mean() - 0.5) < 5 * 0.5 / np.sqrt(count)
+
+
+@given(position=st.integers(0, 10**6), width=st.integers(1, 2000), height=st.integers(1, 2000))
+def test_multi_scale_crops_lie_in_the_frame(position: int, width: int, height: int) -> None:
+    request = Sampler(of_size(width, height), DataConfig(crop_scales=SCALES), "clips", 0).request(position)
+    for at, side in zip(request.crop, request.resize):
+        assert 0 <= at <= side - 224
+
+
+def test_held_out_files_are_cut_as_ever() -> None:
+    """Scales are for training."""
+    plain, scaled = DataConfig(), DataConfig(crop_scales=SCALES)
+    one, other = (Sampler(CLIPS, data, "clips", 0, train=False).request(3) for data in (plain, scaled))
+    assert one == other
+
+
 def test_a_frame_that_no_box_fits() -> None:
     """The largest square, in the middle: of 1000 x 10 pixels 10 x 10, resized to 224 with all that is beside it."""
     for width, height, resize, crop in (

@@ -16,6 +16,7 @@ import torch
 from bevt.config import FinetuneConfig, FinetuneOptimConfig
 from bevt.models.classifier import VideoSwinClassifier
 from bevt.recipes import FINETUNE_RECIPES
+from bevt.train.finetune import build_classifier
 from bevt.train.optim import build_optimizer, finetuning_rule, learning_rate, rungs, update
 
 RUNGS = [
@@ -124,3 +125,57 @@ def test_the_cosine_by_epoch() -> None:
         if step < 250:
             expected *= 1 - (1 - step / 250) * (1 - 0.1)
         assert learning_rate(config, step, steps) == pytest.approx(expected, rel=1e-12), step
+
+
+def videomae_layer(name: str, depth: int) -> int:
+    """As VideoMAE's `optim_factory.py` numbers the layers of a ViT by its original names, from 0 at the bottom."""
+    own = name.removeprefix("encoder.")
+    if own.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    if own.startswith("blocks."):
+        return int(own.split(".")[1]) + 1
+    return depth + 1
+
+
+@pytest.mark.parametrize("recipe", ["videomae_k400", "videomae_k400_large", "videomae_ssv2"])
+def test_layer_decay_of_a_vision_transformer(recipe: str) -> None:
+    """0.75 for each block below the head, and no decay on what has one axis (there: `len(shape) == 1`), by shapes."""
+    config = FINETUNE_RECIPES[recipe]()
+    depth = config.model.depth  # type: ignore[union-attr]
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build_classifier(config, 7, torch.device("meta")).named_parameters()}
+    rule = finetuning_rule(config.optim, config.model)
+    for name, shape in shapes.items():
+        factor = 0.75 ** (depth + 1 - videomae_layer(name, depth))
+        assert rule(name) == pytest.approx((factor, 0.0 if len(shape) == 1 else 0.05)), name
+    assert rule("encoder.patch_embed.proj.weight").factor == pytest.approx(0.75 ** (depth + 1))
+
+
+def test_layers_of_two_stacks() -> None:
+    """ViViT's second model: those over time above those over space; tokens and positions do not decay."""
+    config = FINETUNE_RECIPES["vivit_k400_factorised"]()
+    rule = finetuning_rule(replace(config.optim, layer_decay=0.5, weight_decay=0.1), config.model)
+    assert rule("encoder.temporal.blocks.3.attn.qkv.weight") == (0.5, 0.1)
+    assert rule("encoder.temporal.blocks.0.attn.qkv.weight") == (0.5**4, 0.1)
+    assert rule("encoder.temporal.cls_token") == (0.5**5, 0.0)
+    assert rule("encoder.spatial_norm.weight") == (0.5**5, 0.0)
+    assert rule("encoder.blocks.11.mlp.fc1.weight") == (0.5**5, 0.1)
+    assert rule("encoder.blocks.0.mlp.fc1.weight") == (0.5**16, 0.1)
+    assert rule("encoder.pos_embed") == (0.5**17, 0.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sgd(fused: bool) -> None:
+    """Momentum 0.9 without dampening; an update that is to be skipped leaves weights and momentum alone."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    config = FinetuneOptimConfig(kind="sgd", lr=0.5, weight_decay=0.0)
+    optimizer = build_optimizer(model, config, fused=fused)
+    expected, velocity = 1.0, 0.0
+    for finite, gradient in ((True, 1.0), (False, float("nan")), (True, 2.0), (True, -1.0)):
+        model.weight.grad = torch.full((1, 1), gradient)
+        update(optimizer, 0.1, torch.tensor(finite))
+        if finite:
+            velocity = 0.9 * velocity + gradient
+            expected -= 0.1 * velocity
+        assert model.weight.item() == pytest.approx(expected, rel=1e-6)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bevt.config import UserError
+from bevt.config import Pixels, UserError
 
 State = dict[str, Tensor]
 Prefixes = Sequence[tuple[str, str]]
@@ -75,6 +75,8 @@ class Source:
     """Keys that have no part in a classifier: those of recognised weights under their old names."""
     masked: bool = False
     """Of masked-token pretraining, whose `norm` came after the decoders and not after the encoder (quirk C)."""
+    pixels: Pixels | None = None
+    """How levels were normalised that these weights read; None: as the model that takes them does it."""
 
 
 def recognise(state: Mapping[str, Tensor]) -> Source:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bevt.config import ViTConfig, ViTKind
 from bevt.models.names import Source, State, WeightsError, briefly, matches
 
 Pairs = tuple[tuple[str, str], ...]
@@ -157,7 +158,7 @@ def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     out = joined(_translated(kept, kind.names, kind.what, back=False))
     if "encoder.patch_embed.proj.weight" not in out:
         raise WeightsError(f"{kind.what}, but without the weight of a patch embedding: {briefly(list(state))}")
-    return Source(kind.what, out, dropped)
+    return Source(kind.what, out, dropped, pixels=ViTConfig(kind=kind.of).pixels if kind.of else None)
 
 
 def to_videomae(state: Mapping[str, Tensor]) -> State:
@@ -258,6 +259,8 @@ class _Kind:
     """A key that only they have, of those further down the list."""
     names: _Names
     drop: tuple[str, ...] = ()
+    of: ViTKind | None = None
+    """What kind of model all of them are, by which levels were normalised; None: of any image model."""
     drop_norm: tuple[str, ...] = ()
     """The norm of pretraining, which came before a decoder: a classifier has one of its own."""
 
@@ -268,20 +271,38 @@ _KINDS = (
         r"videomae\.embeddings\..*",
         _hugging_face("videomae"),
         (r"position_embeddings", r"videomae\.embeddings\.position_embeddings"),
+        "videomae",
         (r"videomae\.layernorm\..*",),
     ),
-    _Kind("a ViViT by Hugging Face's names", r"vivit\.embeddings\..*", _hugging_face("vivit"), (r"vivit\.pooler\..*",)),
-    _Kind("a TimeSformer by Hugging Face's names", r"timesformer\.embeddings\..*", _hugging_face("timesformer")),
+    _Kind(
+        "a ViViT by Hugging Face's names",
+        r"vivit\.embeddings\..*",
+        _hugging_face("vivit"),
+        (r"vivit\.pooler\..*",),
+        "vivit_1",
+    ),
+    _Kind(
+        "a TimeSformer by Hugging Face's names",
+        r"timesformer\.embeddings\..*",
+        _hugging_face("timesformer"),
+        of="timesformer",
+    ),
     _Kind("a ViT by Hugging Face's names", r"vit\.embeddings\..*", _hugging_face("vit"), (r"vit\.pooler\..*",)),
-    _Kind("a TimeSformer by its original names", r"model\.blocks\..*", _TIMESFORMER),
+    _Kind("a TimeSformer by its original names", r"model\.blocks\..*", _TIMESFORMER, of="timesformer"),
     _Kind(
         "VideoMAE's pretraining by its original names",
         r"encoder\.norm\.weight",
         _VIDEOMAE,
+        of="videomae",
         drop_norm=(r"encoder\.norm\..*",),
     ),
-    _Kind("a VideoMAE of this project", r"encoder_to_decoder\..*", _OWN, drop_norm=(r"norm\..*",)),
-    _Kind("a BEVT of this project", r"mask_token", _OWN, (r"head\..*",)),
-    _Kind("a classifier of this project", r"encoder\.blocks\..*", _OWN, (r"heads\..*",)),
-    _Kind("a ViT by timm's names, or VideoMAE's", r"blocks\..*", _ORIGINAL, (r"pre_logits\..*",)),
+    _Kind("a VideoMAE of this project", r"encoder_to_decoder\..*", _OWN, of="videomae", drop_norm=(r"norm\..*",)),
+    _Kind("a BEVT of this project", r"mask_token", _OWN, (r"head\..*",), "timesformer"),
+    _Kind(
+        "a VideoMAE classifier of this project", r"encoder\.blocks\.0\.attn\.q_bias", _OWN, (r"heads\..*",), "videomae"
+    ),
+    _Kind("a TimeSformer of this project", r"encoder\.time_embed", _OWN, (r"heads\..*",), "timesformer"),
+    _Kind("a ViViT of this project", r"encoder\.blocks\..*", _OWN, (r"heads\..*",), "vivit_1"),
+    _Kind("VideoMAE by its original names", r"blocks\.0\.attn\.q_bias", _ORIGINAL, of="videomae"),
+    _Kind("a ViT by timm's names", r"blocks\..*", _ORIGINAL, (r"pre_logits\..*",)),
 )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevt.config import ViTConfig
+from bevt.config import Pixels, ViTConfig
 from bevt.models import weights
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import Source, State, WeightsError
@@ -27,6 +27,7 @@ POSITIONS = "encoder.pos_embed"
 def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weights.Report:
     """Start a classifier from `source` (`vit_names.recognise`).
 
+    Where the source's kind of model normalises levels otherwise, its patch embedding is changed to read this model's.
     The head keeps its initial values, but for `head` (a model to be tested), where it is the source's. Raises
     WeightsError, before anything is written, where that or anything else is absent or of another shape.
     """
@@ -35,6 +36,8 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
         raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
     try:
         state, missing = fitted(source.state, config, grid)
+        if source.pixels and source.pixels != config.pixels:
+            state |= reading(config.pixels, state, source.pixels)
         if not head:
             missing += [r"head\..*"]
         if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
@@ -124,6 +127,19 @@ def inflated(weight: Tensor, config: ViTConfig) -> Tensor:
     out = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
     out[:, :, frames // 2] = weight
     return out
+
+
+def reading(pixels: Pixels, state: Mapping[str, Tensor], before: Pixels) -> State:
+    """The patch embedding that makes of levels normalised as `pixels` what `state`'s makes of those as `before`."""
+    weight, bias = (state[f"encoder.patch_embed.proj.{name}"] for name in ("weight", "bias"))
+    channel = (1, 3, *[1] * (weight.ndim - 2))
+    scale = torch.tensor([new / old for new, old in zip(pixels.std, before.std)], dtype=weight.dtype)
+    moved = [(new - old) / std for new, old, std in zip(pixels.mean, before.mean, before.std)]
+    shift = (weight * torch.tensor(moved, dtype=weight.dtype).view(channel)).flatten(1).sum(1)
+    return {
+        "encoder.patch_embed.proj.weight": weight * scale.view(channel),
+        "encoder.patch_embed.proj.bias": bias + shift,
+    }
 
 
 def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool) -> Tensor:

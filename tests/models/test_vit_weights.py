@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevt.config import ViTConfig, ViTKind
-from bevt.models import vit_weights, weights
+from bevt.data.augment import to_encoder_clips
+from bevt.models import vit_names, vit_weights, weights
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import Source, State, WeightsError
 from bevt.models.vit import VideoTransformer
@@ -177,3 +178,26 @@ def test_what_does_not_fit(image: Source) -> None:
     with pytest.raises(WeightsError, match="has no classes to be tested on"):
         vit_weights.start(model, Source("x", {}), head=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was written"
+
+
+def test_levels_that_are_normalised_otherwise() -> None:
+    """A TimeSformer's frames are normalised by 0.45 and 0.225, a ViViT's by 0.5: both make the same tokens of a level."""
+    torch.manual_seed(0)
+    old = ViTClassifier(config("timesformer"), 3, GRID)
+    source = vit_names.recognise(old.state_dict())
+    assert source.what == "a TimeSformer of this project"
+    model = classifier("vivit_4", inflation="average")
+    vit_weights.start(model, source)
+    frame = torch.randint(256, (1, 1, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = frame.expand(-1, 8, -1, -1, -1)
+    theirs, ours = (m.encoder for m in (old, model))
+    expected = theirs.patch_embed(theirs.patches(to_encoder_clips(clip[:, :4], config("timesformer").pixels)))
+    got = ours.patch_embed(ours.patches(to_encoder_clips(clip, config("vivit_4").pixels)))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_model_of_anybody_is_taken_as_it_is(image: Source) -> None:
+    """How its levels were normalised is not known: its bias stays."""
+    model = classifier("vivit_1")
+    vit_weights.start(model, image)
+    assert torch.equal(model.encoder.patch_embed.proj.bias, image.state["encoder.patch_embed.proj.bias"])

@@ -669,6 +669,7 @@ def _not_negative(**numbers: int) -> None:
 def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | None) -> Manifest:
     """The manifest of `source`, made or brought up to date behind a progress bar."""
     from bevt.data.manifest import Manifest, cache_path, index, probe_source
+    from bevt.data.shapes import PREFIX, located
     from bevt.data.sources import guess_kind
     from bevt.train.metrics import counting
 
@@ -678,7 +679,11 @@ def _indexed(source: str, kind: Literal["auto", "clips", "images"], out: Path | 
         return manifest
     if not source:
         raise ConfigError("SOURCE is empty: name a folder, a tar archive, a list or a manifest (.jsonl)")
-    chosen = guess_kind(source) if kind == "auto" else kind
+    if kind != "auto":
+        chosen = kind
+    else:
+        chosen = "clips" if source.startswith(PREFIX) else guess_kind(source)
+    source = located(source, chosen)
     if out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         what = "is a folder" if out.is_dir() else "cannot be written"
         raise ConfigError(f"--out {out} {what}: name a file in a folder that exists")

@@ -12,7 +12,7 @@ import torch
 
 OPTIONAL = {
     "triton": "GPU kernels",
-    "xformers": "a benchmark baseline",
+    "xformers": "attention of vision transformers, and a benchmark baseline",
     "transformers": "tests against independent implementations",
 }
 

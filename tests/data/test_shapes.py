@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bevt.data import shapes
-from bevt.data.manifest import open_source
+from bevt.data import DataError, shapes
+from bevt.data.manifest import open_source, probe_source
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install av")
 
@@ -83,3 +83,22 @@ def test_interrupted_rendering_is_completed(tmp_path: Path) -> None:
     shapes.ensure(tmp_path, **counts)
     assert (folder / "0000.mp4").stat().st_mtime_ns == kept
     assert (folder / "0001.webm").exists()
+
+
+def test_the_dataset_as_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`shapes:SPLIT[:LABELS]`: rendered once into the user's cache folder, found again, and nothing else is touched."""
+    few = {"train_clips": 2, "val_clips": 1, "train_images": 1, "val_images": 1}
+    monkeypatch.setattr(shapes, "COUNTS", few)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    manifest = probe_source("shapes:train", "clips")
+    assert [entry.path for entry in manifest.entries] == ["0000.mp4", "0001.webm"]
+    assert manifest.root.startswith(str(tmp_path / "bevt" / "shapes-"))
+    labelled = probe_source("shapes:val:how", "clips")
+    with open(Path(manifest.root).parent / "labels.csv", newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["path"].startswith("val_clips/"))
+    assert [entry.label for entry in labelled.entries] == [shapes.MOTIONS.index(row["motion"])]
+    assert len(probe_source("shapes:val", "images").entries) == 1
+    for name, kind in (("shapes:test", "clips"), ("shapes:train:who", "clips"), ("shapes:train:how", "images")):
+        with pytest.raises(DataError, match=rf"{name}: of the embedded dataset there are shapes:train and shapes:val"):
+            probe_source(name, kind)  # type: ignore[arg-type]
+    assert shapes.located("videos", "clips") == "videos"

@@ -181,7 +181,7 @@ def test_what_does_not_fit(image: Source) -> None:
 
 
 def test_levels_that_are_normalised_otherwise() -> None:
-    """A TimeSformer's frames are normalised by 0.45 and 0.225, a ViViT's by 0.5: both make the same tokens of a level."""
+    """A TimeSformer's levels are normalised by 0.45 and 0.225, a ViViT's by 0.5: both make the same tokens of them."""
     torch.manual_seed(0)
     old = ViTClassifier(config("timesformer"), 3, GRID)
     source = vit_names.recognise(old.state_dict())

@@ -115,10 +115,10 @@ def step_flop(config: Trained) -> tuple[float, float]:
     return tokenizer, sum(flop.values()) - tokenizer
 
 
-def counted(config: Trained) -> list[Component]:
-    """The rows, but for memory and for what was before."""
+def counted(config: Trained, classes: int = 400) -> list[Component]:
+    """The rows, but for memory and for what was before; `classes` of a classifier's head."""
     if not isinstance(config, Config):
-        return _parts_counted(config)
+        return _parts_counted(config, classes)
     tokenizer = memory.tokenizer_of(config)
     module = tokenizer.module if config.tokenizer.kind == "dalle" else tokenizer.module.get_submodule("encoder")
     view = config.data.crop // 2
@@ -136,7 +136,7 @@ def counted(config: Trained) -> list[Component]:
         )
     ]
     if isinstance(config.model, ViTConfig):
-        return rows + _parts_counted(config)
+        return rows + _parts_counted(config, classes)
     model = memory.meta_model(config, tokenizer.vocab_size, reference_ops=True)
     counts = _counts(config, model)
     for name in ROWS:
@@ -164,9 +164,17 @@ def _ways(config: Config) -> tuple[tuple[Config, bool], tuple[Config, bool]]:
 
 
 def budget(
-    config: Trained, gpus: int, flops: float, efficiency: float, clips: int, images: int, device: str = "cuda"
+    config: Trained,
+    gpus: int,
+    flops: float,
+    efficiency: float,
+    clips: int,
+    images: int,
+    device: str = "cuda",
+    classes: int = 400,
 ) -> str:
-    """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch.
+    """The budget as a table for a terminal. `flops` in FLOP/s of one device; `clips` and `images` of one epoch;
+    `classes` of a classifier.
 
     Raises ConfigError for a configuration that cannot be trained (but for its paths), or a number out of range.
     """
@@ -178,7 +186,7 @@ def budget(
     check(replace(config, data=replace(config.data, clips="any", images="any")))
     length = _length(config, gpus, flops, efficiency, clips, images)
     if not isinstance(config, Config) or isinstance(config.model, ViTConfig):
-        return _short(config, length)
+        return _short(config, length, classes)
     t = config.train
     rows = components(config, gpus, device)
     whole = [row for row in rows if not row.name.startswith(" ")]
@@ -259,9 +267,9 @@ def _length(config: Trained, gpus: int, flops: float, efficiency: float, clips: 
     )
 
 
-def _short(config: Trained, length: str) -> str:
+def _short(config: Trained, length: str, classes: int) -> str:
     """The table of what has no reference path and whose memory nobody predicts: all but BEVT with a Video Swin."""
-    t, rows = config.train, counted(config)
+    t, rows = config.train, counted(config, classes)
     whole = [row for row in rows if not row.name.startswith(" ")]
     title = f"{config.recipe}: {t.clips} clips + {t.images} images a step"
     table = Table(title=title, title_justify="left")
@@ -292,6 +300,8 @@ def _short(config: Trained, length: str) -> str:
         clips, crops = config.views
         each = f"{clips} x {crops} views of {max(sums):.1f} GMAC"
         console.print(f"a test of a file: {each}, {clips * crops * max(sums) / 1e3:.2f} TMAC")
+        if config.head.probes:
+            console.print("the encoder is frozen; the probes on it are not counted")
         if config.augment.repeats > 1:
             console.print(f"each file is cut {config.augment.repeats} times a step")
     console.print(length)
@@ -303,12 +313,14 @@ def _repeats(config: Trained) -> int:
     return config.augment.repeats if isinstance(config, FinetuneConfig) else 1
 
 
-def _parts_counted(config: Trained) -> list[Component]:
-    """As `counted`, of a model of any kind but BEVT with a Video Swin."""
-    model, inputs = _on_meta(config)
+def _parts_counted(config: Trained, classes: int) -> list[Component]:
+    """As `counted`, of a model of any kind but BEVT with a Video Swin; of probes what is under them, which is frozen."""
+    model, inputs = _on_meta(config, classes)
+    frozen = isinstance(config, FinetuneConfig) and bool(config.head.probes)
     none = Counts(0.0, 0.0, 0)
     counts = {stream: _parts(model, given) for stream, given in inputs.items()}
-    children: dict[str, list[int]] = {name: [] for name in ("patch embedding", "encoder", "decoder", "head and loss")}
+    names = ("patch embedding", "encoder", "decoder", "head and loss")
+    children: dict[str, list[int]] = {name: [] for name in names}
     for child, p in model.named_parameters():
         row = "head and loss"
         if child.startswith(("encoder.patch_embed.", "patch_embed.", "patch_embed_2d.")):
@@ -323,11 +335,11 @@ def _parts_counted(config: Trained) -> list[Component]:
         gmac = [counts[s][row] if s in counts else 0.0 for s in ("clips", "images")]
         size = sum(children.get(row, ()))
         if size or any(gmac):
-            rows.append(Component(row, size, gmac[0], gmac[1], none))
+            rows.append(Component(row, size, gmac[0], gmac[1], none, trained=not frozen))
     return rows
 
 
-def _on_meta(config: Trained) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+def _on_meta(config: Trained, classes: int) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
     """The model without data, in plain PyTorch, and what it takes of one clip or image, by stream."""
     data, model = config.data, plain(config.model)
     streams: list[Stream] = [s for s in ("clips", "images") if getattr(config.train, s)]
@@ -335,7 +347,7 @@ def _on_meta(config: Trained) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
         clip, image = torch.empty(1, 3, data.frames, data.crop, data.crop), torch.empty(1, 3, data.crop, data.crop)
         pixels = {"clips": clip, "images": image}
         if isinstance(config, FinetuneConfig):
-            classifier = build_classifier(replace(config, model=model), 400)
+            classifier = build_classifier(replace(config, model=model), classes)
             return classifier, {s: {"pixels": pixels[s]} for s in streams}
         assert isinstance(model, ViTConfig)
         grid = grid_of(model, data.frames, data.crop)

@@ -375,6 +375,8 @@ class FinetuneBudgetArgs(BudgetArgs):
     """As `BudgetArgs`, of learning classes."""
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+    classes: int = 400
+    """Classes of the head."""
 
 
 BUDGET_KINDS: dict[type, type[BudgetArgs]] = {
@@ -715,7 +717,9 @@ def _budget(argv: list[str]) -> int:
     args = _parse(kind, rest, f"bevt budget {argv[0]}", kind(config=cast(Any, default)))
     from bevt.budget import budget
 
-    print(budget(args.config, args.gpus, args.tflops * 1e12, args.efficiency, args.clips, args.images, args.device))
+    classes = args.classes if isinstance(args, FinetuneBudgetArgs) else 0
+    flops, of = args.tflops * 1e12, (args.clips, args.images, args.device, classes)
+    print(budget(args.config, args.gpus, flops, args.efficiency, *of))
     return 0
 
 

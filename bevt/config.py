@@ -322,8 +322,8 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """`sgd`: with a momentum that is the first of `betas`."""
+    kind: Literal["adamw", "sgd", "nesterov"] = "adamw"
+    """`sgd`, `nesterov`: with a momentum, or Nesterov's, that is the first of `betas`."""
     lr: float = 5e-4
     """Peak learning rate; flat, not scaled by the batch."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -463,11 +463,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW, its schedule, and each layer's share of the rate."""
+    """The optimizer, its schedule, and each layer's share of the rate."""
 
     layer_decay: float = 1.0
     """Each layer's rate over that of the next: the head has `lr`, the final norm and the last block this share of it,
-    then every block, every merging and the patch embedding one rung each."""
+    then every block, every merging and the patch embedding one rung each. Of a vision transformer the norm has `lr`."""
     backbone_factor: float = 1.0
     """Rate of everything but the head over `lr`."""
     schedule: Literal["step", "epoch"] = "step"
@@ -496,6 +496,8 @@ class TestConfig:
     """Square crops along the longer side."""
     memory: float = 4.0
     """GiB that a forward pass may take by prediction; as many views as fit go through together."""
+    short_side: int = 0
+    """Length of the short side to which held-out frames are resized; 0: the shorter of `data.short_side`."""
 
 
 @dataclass(frozen=True)
@@ -599,13 +601,20 @@ _CLASSES: dict[type, str] = {
 }
 
 
+DECODERS = {
+    "small": DecoderConfig(192, 4, 3),
+    "base": DecoderConfig(384, 4, 6),
+    "large": DecoderConfig(512, 12, 8),
+    "huge": DecoderConfig(640, 12, 8),
+}
+"""VideoMAE's, by the encoder's size (its code's `modeling_pretrain.py` and scripts)."""
+
+
 def resized_config(config: AnyConfig, size: Size) -> AnyConfig:
-    """`config` with its model, and VideoMAE's decoder (half as wide, heads of 64), of a published size."""
+    """`config` with its model, and VideoMAE's decoder, of a published size."""
     model: Any = resized(config.model, size)
     if isinstance(config, VideoMAEConfig):
-        dim = model.embed_dim // 2
-        decoder = dataclasses.replace(config.decoder, embed_dim=dim, num_heads=dim // 64)
-        return dataclasses.replace(config, model=model, decoder=decoder)
+        return dataclasses.replace(config, model=model, decoder=DECODERS[size])
     return dataclasses.replace(config, model=model)
 
 
@@ -785,6 +794,9 @@ def _check_videomae(config: VideoMAEConfig) -> None:
             "clip_mask.kind must be 'random_tube', since all clips have to hide as many patches, got "
             f"{config.clip_mask.kind!r}"
         )
+    for key in ("min_block", "min_aspect", "tube", "wrap"):
+        if getattr(config.clip_mask, key) != getattr(MaskConfig, key):
+            raise ConfigError(f"clip_mask.{key} has no meaning with clip_mask.kind 'random_tube': leave it out")
     if m.loss_impl != "auto":
         raise ConfigError("model.loss_impl is the masked-token loss's: leave it out")
     if m.drop_path:
@@ -806,6 +818,8 @@ def _check_finetuning(config: FinetuneConfig) -> None:
         raise ConfigError(
             f"model.window_size must be (1, h, w) where images are classified, got {config.model.window_size}"
         )
+    if 0 < config.test.short_side < d.crop:
+        raise ConfigError(f"test.short_side = {config.test.short_side} is below data.crop = {d.crop}")
     for key in ("views", "image_source"):
         if getattr(d, key) != getattr(DataConfig, key):
             raise ConfigError(f"data.{key} has no meaning where classes are learned: leave it out")
@@ -873,6 +887,10 @@ def _check_run(config: AnyConfig) -> None:
             )
     if o.impl == "apex" and t.parallel == "fsdp":
         raise ConfigError("optim.impl 'apex' knows no shards: leave it at 'torch', or train.parallel at 'ddp'")
+    if o.impl == "apex" and o.kind != "adamw":
+        raise ConfigError(f"optim.impl 'apex' is of AdamW, not of optim.kind {o.kind!r}: leave it at 'torch'")
+    if o.kind != "adamw" and (o.eps != OptimConfig.eps or o.betas[1] != OptimConfig.betas[1]):
+        raise ConfigError(f"optim.eps and the second of optim.betas have no meaning with optim.kind {o.kind!r}")
     if o.impl == "apex" and t.precision == "float64":
         raise ConfigError("optim.impl 'apex' serves float32 parameters, not train.precision 'float64'")
     if o.warmup_epochs > o.epochs:
@@ -889,6 +907,14 @@ def _check_heads(m: AnyModel) -> None:
             )
         if m.kind == "timesformer" and m.tubelet != 1:
             raise ConfigError(f"model.tubelet must be 1 of a 'timesformer', got {m.tubelet}")
+        of: dict[str, tuple[str, ...]] = {
+            "temporal_depth": ("vivit_2",),
+            "temporal_init": ("vivit_3",),
+            "inflation": ("vivit_1", "vivit_2", "vivit_3", "vivit_4"),
+        }
+        for key, kinds in of.items():
+            if m.kind not in kinds and getattr(m, key) != getattr(ViTConfig, key):
+                raise ConfigError(f"model.{key} has no meaning with model.kind {m.kind!r}: leave it out")
         return
     if not len(m.depths) == len(m.num_heads) == 4:
         raise ConfigError(f"model.depths and model.num_heads need 4 stages, got {m.depths} and {m.num_heads}")
@@ -995,6 +1021,7 @@ def _check_ranges(config: AnyConfig) -> None:
     else:
         h, a, p = config.head, config.augment, config.optim
         above_zero |= {f"test.{name}": getattr(config.test, name) for name in ("clips", "crops", "memory")}
+        zero_or_above["test.short_side"] = config.test.short_side
         above_zero |= {f"head.probe_lrs[{i}]": rate for i, rate in enumerate(h.probe_lrs)}
         above_zero |= {
             "optim.layer_decay": p.layer_decay,

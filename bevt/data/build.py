@@ -455,7 +455,7 @@ def view_batches(
 
     Raises DataError, when all are read, that lists the files that cannot be: nothing is replaced.
     """
-    sampler = Sampler(manifest, config.data, stream, config.train.seed, train=False, labels=labels)
+    sampler = Sampler(manifest, _tested(config), stream, config.train.seed, train=False, labels=labels)
 
     def plans() -> Iterator[Plan]:
         for i in range(0, len(numbers), files):
@@ -468,7 +468,13 @@ def view_batches(
 
 def view_backend(config: AnyConfig, stream: Stream, manifest: Manifest) -> Choice:
     """What decodes test views: `choose_backend` on the manifest alone."""
-    return choose_backend(config, {stream: Sampler(manifest, config.data, stream, config.train.seed, train=False)})
+    return choose_backend(config, {stream: Sampler(manifest, _tested(config), stream, config.train.seed, train=False)})
+
+
+def _tested(config: AnyConfig) -> DataConfig:
+    """How held-out files are cut where classes are learned."""
+    side = config.test.short_side if isinstance(config, FinetuneConfig) else 0
+    return dataclasses.replace(config.data, short_side=(side, side)) if side else config.data
 
 
 def _serve(

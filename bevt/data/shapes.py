@@ -233,8 +233,8 @@ def located(source: str, kind: Literal["clips", "images"]) -> str:
     """The folder or list that a source `shapes:SPLIT` or `shapes:SPLIT:LABELS` is; any other source as it is.
 
     SPLIT is train or val, LABELS what or how, of clips. The dataset is rendered where it is not there yet (a minute),
-    into the user's cache folder (`$XDG_CACHE_HOME/bevt`, else `~/.cache/bevt`). Raises DataError as `ensure`, and for a
-    name that is none of these.
+    into the user's cache folder (`$XDG_CACHE_HOME/bevt`, else `~/.cache/bevt`). Raises DataError where it cannot be,
+    and for a name that is none of these.
     """
     if not source.startswith(PREFIX):
         return source
@@ -245,7 +245,13 @@ def located(source: str, kind: Literal["clips", "images"]) -> str:
             f"{PREFIX}train:how, {PREFIX}val:how, {PREFIX}train:what and {PREFIX}val:what"
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevt"
-    paths = ensure(cache, 0, **COUNTS)
+    try:
+        paths = ensure(cache, 0, **COUNTS)
+    except OSError as error:
+        raise DataError(
+            f"{source}: the embedded dataset cannot be written into {cache} ({error.strerror}): point XDG_CACHE_HOME "
+            "at a folder that can be written"
+        ) from error
     if not labels:
         return str(getattr(paths, f"{split}_{kind}"))
     write_labels(paths)

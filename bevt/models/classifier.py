@@ -87,7 +87,7 @@ class ViTClassifier(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, vit.EPS)
         self.head = nn.Linear(config.embed_dim, num_classes)
         self.encoder.reset_parameters()
-        init_weights(self.head)
+        (self if config.kind == "videomae" else self.head).apply(init_weights)
         with torch.no_grad():  # as their authors start: VideoMAE at a thousandth, ViViT at zero
             self.head.weight.mul_(HEAD_SCALE.get(config.kind, 0.0))
 

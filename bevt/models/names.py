@@ -55,6 +55,13 @@ MOBY_NAMES: Prefixes = [(own, f"encoder.{theirs}") for own, theirs in SWIN_NAMES
 
 OWN_NAMES: Prefixes = [(p, p) for p in ("patch_embed.", "patch_embed_2d.", "encoder.layers.", "norm.", "head.")]
 
+SWIN_SIGNS = (r".*relative_position_bias_table",)
+VIT_SIGNS = (
+    r"(encoder\.|model\.)?blocks\.\d+\.(attn|mlp)\..*",
+    r"((videomae|vivit|timesformer|vit)\.)?(embeddings\.patch_embeddings|layers\.\d+\.attention\.q_proj)\..*",
+)
+"""Names that only weights of a Swin, or only those of a vision transformer, have."""
+
 DERIVED = (r".*\.relative_position_index", r".*\.attn_mask")
 """Buffers that follow from the window and the size of the images."""
 
@@ -84,6 +91,8 @@ def recognise(state: Mapping[str, Tensor]) -> Source:
 
     Raises WeightsError where nobody's names fit, and for every key that those who were recognised would not have.
     """
+    if any(matches(key, VIT_SIGNS) for key in state):
+        raise WeightsError("these are weights of a vision transformer, from which no Video Swin can start")
     for kind in _KINDS:
         if any(re.fullmatch(kind.sign, key) for key in state):
             break
@@ -146,7 +155,7 @@ def to_torchvision(state: Mapping[str, Tensor], window_size: tuple[int, int, int
             return f"features.{2 * stage}.{rest}"
         return key if re.match(r"(patch_embed|norm|head)\.", key) else None
 
-    return _with_index(_mapped(state, rename, "a VideoSwinClassifier"), window_size)
+    return _with_index(mapped(state, rename, "a VideoSwinClassifier"), window_size)
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:
@@ -181,7 +190,7 @@ def _from_torchvision(state: Mapping[str, Tensor], what: str) -> State:
             return f"encoder.layers.{part // 2}.blocks.{rest}"
         return key if re.match(r"(patch_embed|norm|head)\.", key) else None
 
-    return _mapped(state, rename, what)
+    return mapped(state, rename, what)
 
 
 def _with_index(state: State, window_size: tuple[int, int, int]) -> State:
@@ -200,7 +209,8 @@ def _relative_position_index(window: tuple[int, int, int]) -> Tensor:
     return (offset[0] * (2 * wh - 1) + offset[1]) * (2 * ww - 1) + offset[2]
 
 
-def _mapped(state: Mapping[str, Tensor], rename: Callable[[str], str | None], what: str) -> State:
+def mapped(state: Mapping[str, Tensor], rename: Callable[[str], str | None], what: str) -> State:
+    """Every tensor under its new name; WeightsError lists the keys of which `rename` makes none."""
     out, unknown = {}, []
     for key, value in state.items():
         name = rename(key)
@@ -220,7 +230,7 @@ def _renamed(state: Mapping[str, Tensor], prefixes: Prefixes, what: str) -> Stat
                 return new + key[len(old) :]
         return None
 
-    return _mapped(state, rename, what)
+    return mapped(state, rename, what)
 
 
 def _from(names: Prefixes) -> Callable[[Mapping[str, Tensor], str], State]:

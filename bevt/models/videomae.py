@@ -57,9 +57,10 @@ class VideoMAE(nn.Module):
         self.decoder = Decoder(config, decoder, 3 * config.tubelet * config.patch**2)
         positions = vit.sine_positions(depth * height * width, decoder.embed_dim)
         self.register_buffer("decoder_pos_embed", positions, persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                vit.fill(config.kind, module)
+        for part in (self.encoder, self.decoder):  # what lies between them keeps PyTorch's rule
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    vit.fill(config.kind, module)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     decoder_pos_embed: Tensor

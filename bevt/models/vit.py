@@ -361,9 +361,9 @@ class VideoTransformer(nn.Module):
     def reset_parameters(self) -> None:
         """Each family's own rule: what its code does (`Module.apply` reaches no bare parameters)."""
         kind = self.config.kind
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                fill(kind, module)
+                fill(kind, module, parts=3 if name.endswith(".qkv") else 1)
         fill(kind, self.patch_embed.proj)
         if kind in CLASS_TOKEN:
             if kind == "timesformer":
@@ -374,9 +374,9 @@ class VideoTransformer(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if kind == "vivit_2":
             nn.init.trunc_normal_(self.temporal.pos_embed, std=0.02)
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             if isinstance(block, DividedBlock):
-                if i > 0 and hasattr(block, "temporal_fc"):
+                if hasattr(block, "temporal_fc"):
                     nn.init.zeros_(block.temporal_fc.weight)
             elif isinstance(block, FactorisedBlock) and self.config.temporal_init == "zero":
                 nn.init.zeros_(block.temporal_attn.proj.weight)
@@ -385,15 +385,17 @@ class VideoTransformer(nn.Module):
                 spread_over_frames(self.patch_embed.proj.weight, self.config.inflation)
 
 
-def fill(kind: ViTKind, module: nn.Module) -> None:
-    """VideoMAE and ViViT: Xavier's uniform; TimeSformer: truncated normal (0.02). Biases zero. Convolutions likewise
-    keep PyTorch's rule but in ViViT, where JAX's default is LeCun's normal.
+def fill(kind: ViTKind, module: nn.Module, parts: int = 1) -> None:
+    """VideoMAE's pretraining and ViViT: Xavier's uniform, ViViT's of each of a layer's `parts` (queries, keys, values)
+    by itself; TimeSformer: truncated normal (0.02). Biases zero. Convolutions keep PyTorch's rule but in ViViT, where
+    JAX's default is LeCun's normal.
     """
     if isinstance(module, nn.Linear):
         if kind == "timesformer":
             nn.init.trunc_normal_(module.weight, std=0.02)
         else:
-            nn.init.xavier_uniform_(module.weight)
+            for part in module.weight.chunk(parts if kind != "videomae" else 1):
+                nn.init.xavier_uniform_(part)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.Conv2d, nn.Conv3d)) and kind.startswith("vivit"):

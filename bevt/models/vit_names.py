@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bevt.config import ViTConfig, ViTKind
-from bevt.models.names import Source, State, WeightsError, briefly, matches
+from bevt.models.names import SWIN_SIGNS, Source, State, WeightsError, briefly, mapped, matches
 
 Pairs = tuple[tuple[str, str], ...]
 """Beginnings of this project's names, and of others' in their place."""
@@ -143,6 +143,8 @@ def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     The names of the `Source` are a `ViTClassifier`'s (with `whole`, a `VideoMAE`'s); queries, keys and values are
     joined. Raises WeightsError where nobody's names fit, and for every key that those recognised would not have.
     """
+    if any(matches(key, SWIN_SIGNS) for key in state):
+        raise WeightsError("these are weights of a Swin, from which no vision transformer can start")
     state = _as_published(state)
     for kind in _KINDS:
         if any(re.fullmatch(kind.sign, key) for key in state):
@@ -206,16 +208,7 @@ def split(state: Mapping[str, Tensor]) -> State:
 
 
 def _translated(state: Mapping[str, Tensor], names: _Names, what: str, *, back: bool) -> State:
-    out, unknown = {}, []
-    for key, value in state.items():
-        name = names.translate(key, back=back)
-        if name is None:
-            unknown.append(key)
-        else:
-            out[name] = value
-    if unknown:
-        raise WeightsError(f"not {what}: unknown keys {briefly(unknown)}")
-    return out
+    return mapped(state, lambda key: names.translate(key, back=back), what)
 
 
 _RENAMED: tuple[tuple[str, str], ...] = (
@@ -236,8 +229,11 @@ _RENAMED: tuple[tuple[str, str], ...] = (
 
 def _as_published(state: Mapping[str, Tensor]) -> State:
     """Hugging Face's names as its files have them; all others as they are."""
-    if any(key.startswith("embeddings.patch_embeddings.") for key in state):  # a ViTModel by itself
-        state = {f"vit.{key}": value for key, value in state.items()}
+    patches = state.get("embeddings.patch_embeddings.projection.weight")
+    if patches is not None:  # a model by itself, without a head
+        tubes = "vivit" if "embeddings.cls_token" in state else "videomae"
+        flat = "timesformer" if "embeddings.time_embeddings" in state else "vit"
+        state = {f"{tubes if patches.ndim == 5 else flat}.{key}": value for key, value in state.items()}
 
     def published(key: str) -> str:
         for pattern, name in _RENAMED:

@@ -36,12 +36,14 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
         raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
     try:
         state, missing = fitted(source.state, config, grid)
+        if head:  # what was never trained cannot be tested
+            missing = []
         if source.pixels and source.pixels != config.pixels:
             state |= reading(config.pixels, state, source.pixels)
         if not head:
             missing += [r"head\..*"]
-        if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
-            missing += [r"norm\..*"]
+            if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
+                missing += [r"norm\..*"]
         left = [] if head else [key for key in state if key.startswith("head.")]
         report = weights.load(model, {k: v for k, v in state.items() if k not in left}, missing=missing)
     except WeightsError as error:
@@ -56,7 +58,7 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     - Positions of images are repeated over time, or stay those of space; of another height and width they are
       interpolated (bilinear, corners on corners), of another number of frames the nearest is taken.
     - `timesformer` from images: attention over time and its norm are copies of those over space, its last linear layer
-      keeps its start (zero but for the first block). `vivit_3`: attention over time is a copy, or keeps its start
+      keeps its start, zero. `vivit_3`: attention over time is a copy, or keeps its start
       (`config.temporal_init`); its norm keeps it. `vivit_2`: all over time keeps its start.
     - A ViViT from a `timesformer`: its places in time are added to those in space (of `vivit_2` they are left out), and
       its attention over time is `vivit_3`'s, last linear layer and all; the others have no place for it.
@@ -66,6 +68,7 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     out, missing = dict(state), []
     kind, (depth, height, width) = config.kind, grid
     embed = out.get("encoder.patch_embed.proj.weight")
+    planar = (embed is not None and embed.ndim == 4) or "encoder.spatial_norm.weight" in out  # places are of a frame
     if embed is not None and embed.ndim == 4 and kind != "timesformer":
         out["encoder.patch_embed.proj.weight"] = inflated(embed, config)
     if kind.startswith("vivit") and "encoder.time_embed" in out:
@@ -76,7 +79,7 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     times = out.pop("encoder.time_embed", None) if kind.startswith("vivit") else None
     if POSITIONS in out and kind != "videomae":
         places = (1 if kind in ("timesformer", "vivit_2") else depth, height, width)
-        out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind in CLASS_TOKEN)
+        out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind in CLASS_TOKEN, planar)
         if times is not None and kind != "vivit_2":
             later = times.repeat_interleave(height * width, dim=1)
             out[POSITIONS] = out[POSITIONS] + F.pad(later, (0, 0, int(kind in CLASS_TOKEN), 0))
@@ -142,18 +145,19 @@ def reading(pixels: Pixels, state: Mapping[str, Tensor], before: Pixels) -> Stat
     }
 
 
-def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool) -> Tensor:
-    """(1, [1 +] n, C) for `grid`, with a class token's in front where one is `wanted`."""
+def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool, planar: bool) -> Tensor:
+    """(1, [1 +] n, C) for `grid`, with a class token's in front where one is `wanted`; `planar`: they are a frame's."""
     depth, height, width = grid
     first, rest = places[:, : int(classed)], places[:, int(classed) :]
     if wanted and not classed:
         raise WeightsError(f"{POSITIONS} has no place for a class token, which this model has")
     if rest.shape[1] != depth * height * width:
         side = math.isqrt(rest.shape[1])
-        if rest.shape[1] != height * width and side * side != rest.shape[1]:
+        if not planar or (rest.shape[1] != height * width and side * side != rest.shape[1]):
             raise WeightsError(
                 f"{POSITIONS} has {rest.shape[1]} places, which is neither {depth} x {height} x {width} nor the square "
-                "of an image model: frames, crop and patch must be those that it was trained with"
+                "of an image model: data.frames, data.crop, model.tubelet and model.patch must be those that it was "
+                "trained with"
             )
         if rest.shape[1] != height * width:
             image = rest.unflatten(1, (side, side)).movedim(-1, 1).float()

@@ -7,6 +7,7 @@ writes into a model: what the caller did not name as expected to be missing or u
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,8 +77,10 @@ def read_file(path: Path) -> State:
 
 
 def _unpickled(path: Path) -> Any:
-    """What torch.save has written. Swin's training code puts its configuration beside the model: a dict in disguise."""
-    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+    """What torch.save has written. Swin's training code puts its configuration beside the model, a dict in disguise,
+    VideoMAE's its arguments.
+    """
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode"), Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -35,14 +35,18 @@ def curves(metrics: Path | Sequence[Path], out: Path) -> None:
 
     Raises:
         FileNotFoundError: a metrics file does not exist.
-        ValueError: a file has no training rows, or a line that is no row of metrics (names file and line).
+        ValueError: runs of pixels and of tokens together; a file that has no training rows, or a line that is no row
+            of metrics (names file and line).
     """
     paths = [metrics] if isinstance(metrics, Path) else list(metrics)
     if not paths:
         raise ValueError("no metrics file was given: name the metrics.jsonl of at least one run")
     names = [f" of {path.absolute().parent.name}" if len(paths) > 1 else "" for path in paths]
     runs = [(name, *_read(path)) for name, path in zip(names, paths)]
-    pixels = all("mean_clips" in row for _, rows, *_ in runs for row in rows)
+    kinds = {"mean_clips" in row for _, rows, *_ in runs for row in rows}
+    if len(kinds) > 1:
+        raise ValueError("runs of pixels (VideoMAE) and of tokens have no loss in common: draw each kind by itself")
+    pixels = kinds == {True}
     figure = Figure(figsize=(7 if pixels else 13, 5), dpi=110, layout="constrained")
     panels = figure.subplots(1, 1 if pixels else 2, squeeze=False)[0]
     loss = panels[0]

@@ -140,7 +140,7 @@ def vivit_demo() -> FinetuneConfig:
     """
     return FinetuneConfig(
         recipe="vivit_demo",
-        model=replace(VIT, kind="vivit_1", temporal_depth=2),
+        model=replace(VIT, kind="vivit_1"),
         head=HeadConfig(dropout=0.0),
         data=replace(
             SHAPES,

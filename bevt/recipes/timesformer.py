@@ -68,17 +68,20 @@ def timesformer_k400() -> FinetuneConfig:
     Command, then: bevt test timesformer_k400 runs/timesformer_k400/checkpoints/last
     Expected: 77.1 from BEVT, 76.5 from BEVT-I, 75.4 image supervised; TimeSformer's own paper: 78.0 from ImageNet-21k.
     Settings: --init also takes timm's and Hugging Face's files of an image ViT, TimeSformer's, and Hugging Face's of
-    it. Rates and crops are those of TimeSformer's code; its rate falls to a tenth after epochs 11 and 14, here by
-    cosine.
+    it. Rate, momentum and crops are those of TimeSformer's code; its rate falls to a tenth after epochs 11 and 14, here
+    by cosine; it decays biases, norms, tokens and positions too; and it drops paths by place (over time) and by frame
+    (over space), here by clip.
     """
     return FinetuneConfig(
         recipe="timesformer_k400",
         model=replace(BASE, drop_path=0.1),
         head=HeadConfig(dropout=0.0),
         data=DataConfig(frames=8, stride=32, short_side=(256, 320), crop=224, flip=0.5, jitter=0.0),
-        optim=FinetuneOptimConfig(kind="sgd", lr=0.005, weight_decay=1e-4, clip_grad=0.0, epochs=15, warmup_epochs=0),
+        optim=FinetuneOptimConfig(
+            kind="nesterov", lr=0.005, weight_decay=1e-4, clip_grad=0.0, epochs=15, warmup_epochs=0
+        ),
         train=FinetuneTrainConfig(clips=8, images=0, micro_clips=1),
-        test=TestConfig(clips=1, crops=3),
+        test=TestConfig(clips=1, crops=3, short_side=224),
     )
 
 

@@ -120,7 +120,8 @@ def videomae_k400() -> FinetuneConfig:
     Expected: 81.5 with 5 x 3 views (model zoo), 81.3 (mmaction2's test of the published weights).
     Settings: --init also takes the published files, of the original repository or Hugging Face. RandAugment is timm's
     there (`rand-m7-n4-mstd0.5-inc1`), here imgaug's of four operations at strength 7; random erasing fills with noise
-    there, here with zeros. Test clips lie at tenths 1, 3, 5, 7, 9 of the video, there from its first frame to its last.
+    there, here with zeros. Both cuts of a video are of the same frames there, here of others; mixup is by batch there,
+    here by pairs. Test clips lie at tenths 1, 3, 5, 7, 9 of the video, there from its first frame to its last.
     """
     return FinetuneConfig(
         recipe="videomae_k400",

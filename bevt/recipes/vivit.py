@@ -41,7 +41,7 @@ def vivit_k400() -> FinetuneConfig:
             kind="sgd", lr=0.1, weight_decay=0.0, clip_grad=1.0, epochs=30, warmup_epochs=2.5, warmup_factor=0.0
         ),
         train=FinetuneTrainConfig(clips=64, images=0),
-        test=TestConfig(clips=4, crops=3),
+        test=TestConfig(clips=4, crops=3, short_side=256),
     )
 
 
@@ -86,7 +86,8 @@ def vivit_ssv2() -> FinetuneConfig:
     Expected: 65.9 (paper), 65.4 in BEVT's table.
     Settings: from an image model with four blocks over time. Frames are 32 at stride 1, as scenic's configuration has
     them; its paper speaks of the whole video. RandAugment is imgaug's of two operations at strength 20, mixup in pairs.
-    Flips are off: scenic's configuration does not name them, and its loader flips what it augments.
+    A branch that stochastic depth keeps is divided by its probability, scenic's is not. Flips are off: scenic's
+    configuration does not name them, and its loader flips what it augments.
     """
     base = vivit_k400()
     return replace(
@@ -96,6 +97,7 @@ def vivit_ssv2() -> FinetuneConfig:
         data=replace(base.data, stride=1, short_side=(259, 383), crop=256, flip=0.0),
         augment=AugmentConfig(rand_augment=2, magnitude=20, mixup=0.3, label_smoothing=0.3),
         optim=replace(base.optim, lr=0.4, epochs=35),
+        test=replace(base.test, short_side=288),
     )
 
 

@@ -46,7 +46,7 @@ FREE_ON_RESUME = {
     "data.workers", "data.prefetch", "data.worker_death", "data.backend", "train.log_every", "train.checkpoint_every",
     "train.keep", "train.threads", "train.compile", "train.cuda_graphs", "train.parallel", "train.memory_budget",
     "train.micro_clips", "train.micro_images", "train.eval_clips", "train.eval_images", "train.eval_every",
-    "test.clips", "test.crops", "test.memory",
+    "test.clips", "test.crops", "test.memory", "test.short_side",
     "data.clips", "data.images", "data.val_clips", "data.val_images", "tokenizer.path", "tokenizer.cache", "init",
 }  # fmt: skip
 """Keys a resumed run may change. Moved data is recognised by the loader's own fingerprint, not by its path."""

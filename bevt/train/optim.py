@@ -129,8 +129,13 @@ def build_optimizer(
     if config.impl == "apex":
         return _apex(groups, config)
     settings: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
-    if config.kind == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], **settings)
+    if config.kind != "adamw":
+        nesterov = config.kind == "nesterov"
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], nesterov=nesterov, **settings)
+        for group in groups:  # else a first update that is skipped would leave what was in the memory before
+            for p in group["params"]:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **settings)
 
 

@@ -21,7 +21,6 @@ from bevt.train.distributed import World, gathered
 from bevt.train.loop import Task, built
 from bevt.train.metrics import MetricsWriter
 from bevt.train.optim import build_optimizer, pretraining_rule
-from bevt.train.phases import Phases
 from bevt.train.step import MeanStep, Step
 
 
@@ -77,16 +76,6 @@ class PixelStep(MeanStep):
     """A step of `VideoMAE`: the mean over clips, which hide as many patches each."""
 
     config: VideoMAEConfig
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: VideoMAEConfig,
-        world: World,
-        phases: Phases | None = None,
-    ) -> None:
-        super().__init__(model, optimizer, config, world, phases)
 
     def inputs(self, batch: Batch) -> tuple[dict[str, Any], None]:
         """What the model takes."""

@@ -17,8 +17,8 @@ from bevt.config import DecoderConfig, ViTConfig, plain
 from bevt.models import vit_names, weights
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import WeightsError
-from bevt.models.videomae import VideoMAE
-from bevt.models.vit import EPS, VideoTransformer, grid_of
+from bevt.models.videomae import VideoMAE, normalised
+from bevt.models.vit import EPS, VideoTransformer, grid_of, taken
 
 torchvision_schemas()  # transformers imports it where it is installed
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
@@ -416,3 +416,21 @@ def test_parameters_and_multiply_adds_are_the_published_ones(name: str) -> None:
     print(f"{name}: {counted[0]:.2f} M, {counted[1]:.2f} G")
     assert million is None or counted[0] == pytest.approx(million, rel=near)
     assert counted[1] == pytest.approx(giga, rel=near)
+
+
+def test_a_perfect_prediction_rebuilds_the_clip() -> None:
+    """What the loss takes off is put back where it was: pixels, colours, patches."""
+    size = (16, 1, 2, 8, 2, 4, 32)
+    config, grid = _config("videomae", size)
+    model = VideoMAE(config, DecoderConfig(embed_dim=8, depth=1, num_heads=2), grid)
+    pixels, std = _clips(size), torch.tensor([0.2, 0.3, 0.4])
+    order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    hidden, visible = order[:, :24].sort(1).values, order[:, 24:].sort(1).values
+    targets, _ = normalised(taken(model.encoder.patches(pixels).flatten(1, 2), hidden), std)
+    model.predict = lambda *_: targets  # type: ignore[method-assign]
+    torch.testing.assert_close(model.rebuilt(pixels, visible, hidden, std), pixels, rtol=1e-5, atol=1e-5)
+    model.predict = lambda *_: torch.zeros_like(targets)  # type: ignore[method-assign]
+    flat = model.encoder.patches(model.rebuilt(pixels, visible, hidden, std)).flatten(1, 2)
+    assert torch.equal(taken(flat, visible), taken(model.encoder.patches(pixels).flatten(1, 2), visible))
+    means = taken(flat, hidden).unflatten(-1, (3, -1))
+    torch.testing.assert_close(means, means.mean(-1, keepdim=True).expand_as(means), rtol=1e-5, atol=1e-5)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bevt.config import ViTConfig, ViTKind
 from bevt.data.augment import to_encoder_clips
-from bevt.models import vit_names, vit_weights, weights
+from bevt.models import names, vit_names, vit_weights, weights
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import Source, State, WeightsError
 from bevt.models.vit import VideoTransformer
 from bevt.models.vit_weights import fitted
 
 DIM, GRID = 16, (4, 2, 3)
+PARTS = ("weight", "bias")
 SMALL = ViTConfig(embed_dim=DIM, depth=2, num_heads=2, patch=8, temporal_depth=1)
 
 
@@ -98,12 +99,11 @@ def test_what_attends_over_time_starts_as_its_authors_have_it(image: Source) -> 
         f"encoder.blocks.*.temporal_fc.{p}" for p in ("weight", "bias")
     }
     own = timesformer.state_dict()
+    assert all((own[f"encoder.blocks.{i}.temporal_fc.weight"] == 0).all() for i in range(2)), "the first block's too"
     for name, value in image.state.items():
         if ".attn." in name or ".norm1." in name:
             copied = name.replace(".attn.", ".temporal_attn.").replace(".norm1.", ".temporal_norm1.")
             assert torch.equal(own[copied], value), name
-    assert (own["encoder.blocks.1.temporal_fc.weight"] == 0).all()
-    assert (own["encoder.blocks.0.temporal_fc.weight"] != 0).any()
     assert (own["encoder.time_embed"] == 0).all()
 
 
@@ -124,8 +124,8 @@ def test_the_second_model_of_vivit(image: Source) -> None:
     model = classifier("vivit_2")
     report = vit_weights.start(model, image)
     assert torch.equal(model.encoder.spatial_norm.weight, image.state["norm.weight"])
-    names = {name for name in model.state_dict() if name.startswith(("encoder.temporal.", "norm.", "head."))}
-    assert set(report.missing) == names
+    absent = {name for name in model.state_dict() if name.startswith(("encoder.temporal.", "norm.", "head."))}
+    assert set(report.missing) == absent
 
 
 def test_a_timesformer_starts_the_third_model_as_what_it_is() -> None:
@@ -175,6 +175,9 @@ def test_what_does_not_fit(image: Source) -> None:
     without = {name: value for name, value in image.state.items() if name != "encoder.cls_token"}
     with pytest.raises(WeightsError, match="has no place for a class token, which this model has"):
         vit_weights.start(model, Source("an image model", without))
+    for kind in ("vivit_2", "vivit_3", "timesformer"):
+        with pytest.raises(WeightsError, match=r"missing: .*tempor"):  # nothing over time was trained
+            vit_weights.start(classifier(kind), image, head=True)  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="has no classes to be tested on"):
         vit_weights.start(model, Source("x", {}), head=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was written"
@@ -201,3 +204,38 @@ def test_an_image_model_of_anybody_is_taken_as_it_is(image: Source) -> None:
     model = classifier("vivit_1")
     vit_weights.start(model, image)
     assert torch.equal(model.encoder.patch_embed.proj.bias, image.state["encoder.patch_embed.proj.bias"])
+
+
+def test_places_in_space_and_time_are_no_images() -> None:
+    """16 tokens of 4 x 2 x 2 are a square's number, too: of a clip of another length they are refused."""
+    old = ViTClassifier(config("vivit_1"), 3, (4, 2, 2))
+    source = vit_names.recognise(old.state_dict())
+    for grid in ((2, 2, 2), (4, 3, 3)):
+        with pytest.raises(WeightsError, match=r"has 16 places, which is neither .*data\.frames, data\.crop"):
+            vit_weights.start(ViTClassifier(config("vivit_1"), 3, grid), source)
+
+
+def test_weights_of_the_other_family_are_named() -> None:
+    vit = ViTClassifier(config("videomae"), 3, GRID).state_dict()
+    swin = {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(1)}
+    with pytest.raises(WeightsError, match="weights of a vision transformer, from which no Video Swin can start"):
+        names.recognise(vit)
+    with pytest.raises(WeightsError, match="weights of a vision transformer"):
+        names.recognise(vit_names.to_hugging_face(vit, "videomae"))
+    with pytest.raises(WeightsError, match="weights of a Swin, from which no vision transformer can start"):
+        vit_names.recognise(swin)
+
+
+def test_an_image_model_by_timms_names(image: Source) -> None:
+    """The names of `vit_base_patch16_224`, but for its sizes."""
+    block = [f"{part}.{p}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in PARTS]
+    timm = {"cls_token", "pos_embed", *(f"patch_embed.proj.{p}" for p in PARTS)}
+    timm |= {f"blocks.{i}.{key}" for i in range(2) for key in block}
+    timm |= {f"{part}.{p}" for part in ("norm", "head") for p in PARTS}
+    state = {name.removeprefix("encoder."): value for name, value in image.state.items()}
+    assert state.keys() == timm
+    source = vit_names.recognise(state)
+    assert source.what == "a ViT by timm's names"
+    assert source.pixels is None
+    assert source.state.keys() == image.state.keys()
+    assert all(torch.equal(source.state[name], value) for name, value in image.state.items())

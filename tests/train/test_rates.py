@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -165,17 +166,19 @@ def test_layers_of_two_stacks() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_sgd(fused: bool) -> None:
-    """Momentum 0.9 without dampening; an update that is to be skipped leaves weights and momentum alone."""
+@pytest.mark.parametrize("kind", ["sgd", "nesterov"])
+def test_sgd(kind: Any, fused: bool) -> None:
+    """Momentum 0.9 without dampening; an update that is to be skipped, the first too, leaves everything alone."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    config = FinetuneOptimConfig(kind="sgd", lr=0.5, weight_decay=0.0)
+    config = FinetuneOptimConfig(kind=kind, lr=0.5, weight_decay=0.0)
     optimizer = build_optimizer(model, config, fused=fused)
     expected, velocity = 1.0, 0.0
-    for finite, gradient in ((True, 1.0), (False, float("nan")), (True, 2.0), (True, -1.0)):
+    for finite, gradient in ((False, float("nan")), (True, 1.0), (False, float("nan")), (True, 2.0), (True, -1.0)):
         model.weight.grad = torch.full((1, 1), gradient)
         update(optimizer, 0.1, torch.tensor(finite))
         if finite:
             velocity = 0.9 * velocity + gradient
-            expected -= 0.1 * velocity
+            expected -= 0.1 * (gradient + 0.9 * velocity if kind == "nesterov" else velocity)
         assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+        assert optimizer.state[model.weight]["momentum_buffer"].item() == pytest.approx(velocity, rel=1e-6)

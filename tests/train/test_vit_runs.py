@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bevt_kernels import Spec
@@ -16,7 +18,7 @@ from bevt_kernels.baselines.common import compile_reasons
 from tiny import TORCHRUN, changed, command, figures, output, train_rows
 
 from benchmarks.foreign import torchvision_schemas
-from bevt import cli
+from bevt import cli, tokenizers
 from bevt.config import (
     AnyConfig,
     AugmentConfig,
@@ -29,15 +31,23 @@ from bevt.config import (
     VideoMAETrainConfig,
     ViTConfig,
 )
-from bevt.models import weights
+from bevt.data import augment
+from bevt.data.build import build_loader
+from bevt.models import names, vit_names, weights
+from bevt.models.classifier import build
 from bevt.train import checkpoint
+from bevt.train.classify import ClassStep
+from bevt.train.distributed import World
 from bevt.train.export import export
 from bevt.train.finetune import finetune, restore
 from bevt.train.loop import RunResult
-from bevt.train.metrics import RunError, read_rows
+from bevt.train.metrics import Meter, RunError, read_rows
+from bevt.train.optim import build_optimizer
+from bevt.train.pretrain import build_model as build_masked
+from bevt.train.pretrain import initialise as initialise_masked
 from bevt.train.pretrain import pretrain
 
-SMALL = ViTConfig(embed_dim=24, depth=2, num_heads=2, temporal_depth=1)
+SMALL = ViTConfig(embed_dim=24, depth=2, num_heads=2)
 SYSTEMS = ("videomae", "timesformer_bevt", "vivit_1", "vivit_2", "vivit_3", "vivit_4", "timesformer")
 
 
@@ -69,7 +79,7 @@ def systems(config: Config, tuned: FinetuneConfig) -> dict[str, AnyConfig]:
     classes = replace(tuned, augment=AugmentConfig(repeats=2, color=0.5, grey=0.5, mixup=0.8))
     found: dict[str, AnyConfig] = {"videomae": videomae, "timesformer_bevt": bevt}
     for kind in ("vivit_1", "vivit_2", "vivit_3", "vivit_4"):
-        model = replace(SMALL, kind=kind, drop_path=0.2)
+        model = replace(SMALL, kind=kind, drop_path=0.2, **({"temporal_depth": 1} if kind == "vivit_2" else {}))
         found[kind] = replace(classes, recipe="vivit_k400", model=model)
         found[kind] = changed(found[kind], optim={"kind": "sgd", "lr": 0.1, "ema": 0.0})  # type: ignore[type-var]
     found["timesformer"] = replace(classes, recipe="timesformer_k400", model=timesformer)
@@ -138,17 +148,24 @@ REASONS = compile_reasons(Spec("cpu", torch.float32))
 @pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["videomae", "timesformer_bevt", "vivit_2", "vivit_3", "vivit_4"])
-def test_compiled(name: str, systems: dict[str, AnyConfig], finished_systems: dict[str, Path], tmp_path: Path) -> None:
+def test_compiled(name: str, systems: dict[str, AnyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain run's figures up to float32's rounding, and nothing is compiled again after the first step."""
     torch._dynamo.reset()
-    config: Any = changed(systems[name], train={"compile": "yes"}, optim={"max_steps": 2})  # type: ignore[type-var]
-    config = changed(config, optim={"warmup_epochs": 0})
+    config: Any = changed(systems["vivit_1"], train={"micro_clips": 4})  # type: ignore[type-var]
+    config = changed(config, augment={"mixup": 0.0, "color": 0.0, "grey": 0.0})
     run(changed(config, train={"compile": "no"}), tmp_path / "plain")
-    counters = torch._dynamo.utils.counters["stats"]
-    before = counters["unique_graphs"]
+    graphs: list[int] = []
+    add = Meter.add
+
+    def counting(meter: Meter, *arguments: Any) -> None:
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        add(meter, *arguments)
+
+    monkeypatch.setattr(Meter, "add", counting)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run(config, tmp_path / "run")
-    compiled = counters["unique_graphs"] - before
-    assert compiled > 0
+    assert graphs[0] > before, "nothing was compiled"
+    assert graphs == [graphs[0]] * 3, "something was compiled after the first step"
     for got, wanted in zip(train_rows(tmp_path / "run"), train_rows(tmp_path / "plain"), strict=True):
         for key in ("loss", "grad_norm"):
             assert got[key] == pytest.approx(wanted[key], rel=1e-5), (key, got["step"])
@@ -199,11 +216,8 @@ def test_an_image_stage_starts_a_joint_one(systems: dict[str, AnyConfig], tmp_pa
     state = checkpoint.load(tmp_path / "images" / "checkpoints" / "last")["model"]
     assert not [key for key in state if "temporal" in key or "time_embed" in key]
     joint = replace(config, init=str(tmp_path / "images" / "checkpoints" / "last"))
-    from bevt import tokenizers
-    from bevt.train.pretrain import build_model, initialise
-
-    model = build_model(joint, 32, torch.device("cpu"))
-    report = initialise(model, joint, tokenizers.digest(joint.tokenizer))
+    model = build_masked(joint, 32, torch.device("cpu"))
+    report = initialise_masked(model, joint, tokenizers.digest(joint.tokenizer))
     assert {re.sub(r"\d+", "*", name) for name in report.missing} == {
         "encoder.time_embed", "encoder.blocks.*.temporal_fc.weight", "encoder.blocks.*.temporal_fc.bias",
     }  # fmt: skip
@@ -212,9 +226,19 @@ def test_an_image_stage_starts_a_joint_one(systems: dict[str, AnyConfig], tmp_pa
     for i in range(2):
         block = f"encoder.blocks.{i}"
         assert torch.equal(own[f"{block}.temporal_attn.qkv.weight"], state[f"{block}.attn.qkv.weight"])
-    assert (own["encoder.blocks.1.temporal_fc.weight"] == 0).all()
-    back = replace(images, init=str(tmp_path / "joint"))
-    assert back
+        assert (own[f"{block}.temporal_fc.weight"] == 0).all()
+
+
+def test_a_joint_stage_starts_one_of_images(systems: dict[str, AnyConfig], finished_systems: dict[str, Path]) -> None:
+    """What attends over time is left out, and said to be."""
+    path = finished_systems["timesformer_bevt"] / "checkpoints" / "last"
+    images: Any = replace(changed(systems["timesformer_bevt"], train={"clips": 0}), init=str(path))  # type: ignore[type-var]
+    model = build_masked(images, 32, torch.device("cpu"))
+    report = initialise_masked(model, images, tokenizers.digest(images.tokenizer))
+    assert report.missing == ()
+    assert all("temporal" in name or "time_embed" in name for name in report.unused)
+    saved = checkpoint.load(path)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["vivit_1", "vivit_2", "vivit_3", "vivit_4", "timesformer"])
@@ -230,7 +254,6 @@ def test_a_masked_image_model_starts_a_classifier(name: str, systems: dict[str, 
 
 def test_pretraining_starts_finetuning(systems: dict[str, AnyConfig], finished_systems: dict[str, Path]) -> None:
     """VideoMAE's encoder is the classifier's; decoder and norm stay behind, and are said to."""
-    from bevt.models.classifier import build
     from bevt.train.finetune import initialise
 
     path = finished_systems["videomae"] / "checkpoints" / "last"
@@ -269,6 +292,11 @@ def test_pretraining_starts_finetuning(systems: dict[str, AnyConfig], finished_s
         ("vivit_1", {"model": {"depth": 0}}, "model.depth must be above 0, got 0"),
         ("vivit_1", {"model": {"attention_impl": "xformers"}}, "model.attention_impl 'xformers': xformers"),
         ("vivit_1", {"augment": {"repeats": 0}}, "augment.repeats must be above 0, got 0"),
+        ("vivit_1", {"model": {"temporal_depth": 2}}, "model.temporal_depth has no meaning with model.kind 'vivit_1'"),
+        ("vivit_1", {"optim": {"impl": "apex"}}, "optim.impl 'apex' is of AdamW, not of optim.kind 'sgd'"),
+        ("vivit_1", {"optim": {"eps": 1e-6}}, "optim.eps and the second of optim.betas have no meaning"),
+        ("vivit_1", {"test": {"short_side": 32}}, "test.short_side = 32 is below data.crop = 64"),
+        ("videomae", {"clip_mask": {"min_block": 4}}, "clip_mask.min_block has no meaning"),
     ],
 )
 def test_what_is_refused(
@@ -366,3 +394,64 @@ def test_exports_that_are_refused(
     (tmp_path / "out").mkdir()
     with pytest.raises(RunError, match="exists: name another one"):
         export(finished_systems["videomae"] / "checkpoints" / "last", "original", tmp_path / "out")
+
+
+def test_two_cuts_of_a_file(systems: dict[str, AnyConfig]) -> None:
+    """They differ, mixing pairs no file with itself, and neither depends on the size of a micro-batch."""
+    config: Any = changed(
+        systems["vivit_1"], train={"micro_clips": 4}, augment={"mixup": 0.0, "color": 0.0, "grey": 0.0}
+    )  # type: ignore[type-var]
+    labels = np.arange(7) % 3
+    whole, halves = (build_loader(changed(config, train={"micro_clips": micro}), labels=labels) for micro in (4, 2))
+    (one,), two = ([batch for batch, _ in zip(loader, range(count))] for loader, count in ((whole, 1), (halves, 2)))
+    assert [name.split("@")[0] for name in one.clip_ids[::2]] == [name.split("@")[0] for name in one.clip_ids[1::2]]
+    assert len(set(one.clip_ids)) == len(one.clip_ids) == 8 or len(set(one.clip_seeds.tolist())) == 8
+    assert one.clip_ids == tuple(name for batch in two for name in batch.clip_ids)
+    assert torch.equal(one.clips, torch.cat([batch.clips for batch in two]))
+    model = build(config, 3)
+    step = ClassStep(model, build_optimizer(model, config.optim), config, World(0, 1, torch.device("cpu")), 3)
+    seen: list[Any] = []
+    step.inputs(one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "mix", lambda x, t, seeds, *rest: (seen.append(seeds), (x, t))[1])
+        ClassStep(
+            model, build_optimizer(model, config.optim), changed(config, augment={"mixup": 0.8}),
+            World(0, 1, torch.device("cpu")), 3,
+        ).inputs(one)  # fmt: skip
+    files = dict(zip(one.clip_seeds.tolist(), (name.split("@")[0] for name in one.clip_ids)))
+    pairs = np.array([files[seed] for seed in seen[0].tolist()]).reshape(-1, 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("fixture", "whose", "read"),
+    [
+        ("finished", "original", "from_official"),
+        ("finished_tuning", "original", "recognise"),
+        ("finished_tuning", "torchvision", "from_torchvision"),
+    ],
+)
+def test_exports_of_video_swins(
+    fixture: str, whose: Any, read: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """BEVT's official names, Video Swin's, torchvision's: read back, they are the checkpoint's weights."""
+    path = request.getfixturevalue(fixture) / "checkpoints" / "last"
+    export(path, whose, tmp_path / "weights.pth")
+    back: Any = getattr(names, read)(weights.read_file(tmp_path / "weights.pth"))
+    state = back.state if read == "recognise" else back
+    saved = checkpoint.load(path)
+    expected = {**saved["model"], **saved.get("average", {})}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_a_checkpoint_of_videomaes_own_training(systems: dict[str, AnyConfig], tmp_path: Path) -> None:
+    """Its arguments lie beside the weights, as argparse has them."""
+    from bevt.train.videomae import build_model, initialise
+
+    config: Any = systems["videomae"]
+    model, other = (build_model(config, torch.device("cpu")) for _ in range(2))
+    held = {"model": vit_names.to_videomae(other.state_dict()), "args": Namespace(lr=1e-3, device="cuda"), "epoch": 3}
+    torch.save({**held, "optimizer": {"state": {}}, "scaler": {"scale": 65536.0}}, tmp_path / "checkpoint-3.pth")
+    initialise(model, tmp_path / "checkpoint-3.pth")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

@@ -314,7 +314,7 @@ def _repeats(config: Trained) -> int:
 
 
 def _parts_counted(config: Trained, classes: int) -> list[Component]:
-    """As `counted`, of a model of any kind but BEVT with a Video Swin; of probes what is under them, which is frozen."""
+    """As `counted`, of a model of any kind but BEVT with a Video Swin; of probes what lies under them, frozen."""
     model, inputs = _on_meta(config, classes)
     frozen = isinstance(config, FinetuneConfig) and bool(config.head.probes)
     none = Counts(0.0, 0.0, 0)

@@ -52,7 +52,7 @@ CHOSEN: dict[str, dict[str, tuple[str, ...]]] = {
         "window_attention": ("swin-b video stage 1 shifted", "swin-b video stage 3"),
         "masked_linear_cross_entropy": ("swin-b 8 clips, recipe masks", "vq"),
         "linear_argmax": ("dalle 128 frames", "vq"),
-        **dict.fromkeys(("videomae_step", "vivit_step", "timesformer_step"), ()),
+        "videomae_step": (),
     },
 }
 """Cases by device and op where neither --op nor --case says which; of an op that is missing, its first."""

@@ -23,7 +23,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from bevt.data import DataError, shapes
+from bevt.data import DataError
 from bevt.data.entry import EXTENSIONS, Entry, Kind, dump, located, parse
 from bevt.data.files import File
 from bevt.data.probe import passing, probe, probe_all
@@ -191,7 +191,10 @@ def probe_source(path: str, kind: Kind, *, progress: Progress | None = None, kep
     writable. With `kept`, a manifest that is there is taken as it is: another process has just made it. Raises
     DataError as `index`.
     """
-    path = shapes.located(path, kind)
+    if path.startswith("shapes:"):
+        from bevt.data import shapes  # here: it renders pictures, for which a GPU machine need not have the packages
+
+        path = shapes.located(path, kind)
     if path.endswith(".jsonl"):
         manifest = Manifest.load(path)
         if manifest.kind != kind:

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bevt.models import weights
 from bevt.models.bevt import MaskedInput, MaskedTokens
 from bevt.models.video_swin import SwinBlock
 from bevt.models.vit import Block
@@ -82,6 +81,8 @@ def gathered(
     if not world.main:
         return None
     if sharded:
+        from bevt.models import weights  # here: it reads files, for which a GPU machine need not have the packages
+
         model = make()
         weights.load(model, state)
     return model

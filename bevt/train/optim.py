@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bevt.config import AnyModel, ConfigError, FinetuneOptimConfig, ModelConfig, OptimConfig, ViTConfig
+from bevt.train.distributed import shard
 
 
 def undecayed(name: str, model: AnyModel | None = None) -> bool:
@@ -175,7 +176,9 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
             group["lr"].fill_(lr * group["factor"])
         else:
             group["lr"] = lr * group["factor"]
-    if optimizer.defaults.get("fused"):
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
+        _fused_sgd(optimizer, (~finite).float())
+    elif optimizer.defaults.get("fused"):
         # The fused optimizer's own switch, GradScaler's: an update under found_inf = 1 changes nothing.
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -185,6 +188,27 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
             optimizer.step()
     else:
         optimizer.step(grad_scaler=_Switch((~finite).float()))  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def _fused_sgd(optimizer: torch.optim.SGD, skip: Tensor) -> None:
+    """The optimizer's own kernel, on this process's shards: torch 2.13 has none of DTensors."""
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        torch._fused_sgd_(
+            [shard(p) for p in parameters],
+            [shard(p.grad) for p in parameters],
+            [shard(optimizer.state[p]["momentum_buffer"]) for p in parameters],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=skip,
+        )
 
 
 class _Switch:

@@ -85,14 +85,16 @@ def videomae_demo() -> VideoMAEConfig:
     """VideoMAE's pretraining on the embedded dataset.
 
     Command: bevt pretrain videomae_demo --out runs/videomae_demo
+    Result: a mean squared error of 0.50 on held-out clips, where predicting each patch's mean has 0.998 (LOG.md,
+    2026-11-28).
     """
     return VideoMAEConfig(
         recipe="videomae_demo",
         model=VIT,
-        decoder=DecoderConfig(embed_dim=64, depth=2, num_heads=2),
+        decoder=DecoderConfig(embed_dim=96, depth=2, num_heads=3),
         clip_mask=MaskConfig(kind="random_tube", ratio=0.75),
         data=SHAPES,
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), clip_grad=1.0, max_steps=1000, epochs=1, warmup_epochs=0.1),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), clip_grad=1.0, max_steps=3000, epochs=1, warmup_epochs=0.1),
         train=VideoMAETrainConfig(
             clips=16, images=0, micro_clips=16, precision="float32", checkpoint_every=100, keep=1
         ),
@@ -105,6 +107,7 @@ def timesformer_demo_image() -> Config:
     Command: bevt tokenizer fit --data.clips shapes:train --data.images shapes:train --out runs/tokenizer.safetensors
     Command, then: bevt pretrain timesformer_demo_image --tokenizer.path runs/tokenizer.safetensors
     --out runs/timesformer_demo_image
+    Result: 57 % of held-out masked tokens, with 128 codes (LOG.md, 2026-11-28).
     """
     return Config(
         recipe="timesformer_demo_image",
@@ -123,6 +126,7 @@ def timesformer_demo_joint() -> Config:
 
     Command: bevt pretrain timesformer_demo_joint --init runs/timesformer_demo_image/checkpoints/last
     --tokenizer.path runs/tokenizer.safetensors --out runs/timesformer_demo_joint
+    Result: 75 % of held-out masked tokens of clips, 63 % of stills (likewise).
     """
     base = timesformer_demo_image()
     return replace(
@@ -136,6 +140,7 @@ def timesformer_demo_joint() -> Config:
 def vivit_demo() -> FinetuneConfig:
     """ViViT on the embedded dataset's motions.
 
+    Result: at chance yet (LOG.md, 2026-11-28).
     Command: bevt finetune vivit_demo --init runs/timesformer_demo_image/checkpoints/last --out runs/vivit_demo
     """
     return FinetuneConfig(

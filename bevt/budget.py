@@ -108,11 +108,21 @@ def step_flop(config: Trained) -> tuple[float, float]:
     Decoders, head and tokenizer at masked positions and frames, as many as there are on average; without what is
     computed again to save memory.
     """
-    t, repeats = config.train, _repeats(config)
-    rows = [row for row in counted(config) if not row.name.startswith(" ")]
-    flop = {row.name: row.step_flop(t.clips * repeats, t.images * repeats) for row in rows}
+    clips, images = _samples(config)
+    flop = {row.name: row.step_flop(clips, images) for row in _whole(counted(config))}
     tokenizer = sum(n for name, n in flop.items() if name.startswith("tokenizer"))
     return tokenizer, sum(flop.values()) - tokenizer
+
+
+def _whole(rows: list[Component]) -> list[Component]:
+    """Those that are no part of another."""
+    return [row for row in rows if not row.name.startswith(" ")]
+
+
+def _samples(config: Trained) -> tuple[int, int]:
+    """Clips and images that a step makes of its files."""
+    repeats = config.augment.repeats if isinstance(config, FinetuneConfig) else 1
+    return config.train.clips * repeats, config.train.images * repeats
 
 
 def counted(config: Trained, classes: int = 400) -> list[Component]:
@@ -184,133 +194,104 @@ def budget(
             f"got {gpus}, {flops / 1e12:g}, {clips}, {images} and {efficiency:g}"
         )
     check(replace(config, data=replace(config.data, clips="any", images="any")))
-    length = _length(config, gpus, flops, efficiency, clips, images)
-    if not isinstance(config, Config) or isinstance(config.model, ViTConfig):
-        return _short(config, length, classes)
-    t = config.train
-    rows = components(config, gpus, device)
-    whole = [row for row in rows if not row.name.startswith(" ")]
-    step, before = (sum(row.step_flop(t.clips, t.images, way) for row in whole) for way in (False, True))
-    table = Table(title=f"{config.recipe}: {t.clips} clips + {t.images} images a step", title_justify="left")
-    for column in (
-        "",
-        "parameters",
-        "a clip",
-        "an image",
-        "a step",
-        "share",
-        "before",
-        "states",
-        "kept",
-        "kept before",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", "TFLOP", "GiB", "GiB", "GiB", style="dim")
-    for row in rows:
-        flop = row.step_flop(t.clips, t.images)
-        part = row.name.startswith(" ")
-        table.add_row(
-            row.name,
-            "" if part else f"{row.parameters / 1e6:.2f}",
-            f"{row.clip_gmac:.2f}",
-            f"{row.image_gmac:.2f}",
-            f"{flop / 1e12:.1f}",
-            f"{100 * flop / step:.0f}",
-            f"{row.step_flop(t.clips, t.images, before=True) / 1e12:.1f}",
-            "" if part else f"{row.states / GIB:.2f}",
-            "" if part else f"{row.kept / GIB:.2f}",
-            "" if part else f"{row.before.kept / GIB:.2f}",
-            style="dim" if part else None,
-        )
-    table.add_section()
-    table.add_row(
-        "sum",
-        f"{sum(row.parameters for row in whole) / 1e6:.2f}",
-        f"{sum(row.clip_gmac for row in whole):.2f}",
-        f"{sum(row.image_gmac for row in whole):.2f}",
-        f"{step / 1e12:.1f}",
-        "100",
-        f"{before / 1e12:.1f}",
-        f"{sum(row.states for row in whole) / GIB:.2f}",
-        f"{sum(row.kept for row in whole) / GIB:.2f}",
-        f"{sum(row.before.kept for row in whole) / GIB:.2f}",
-    )
-    per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
+    # BEVT with a Video Swin alone has a reference path and a predicted memory.
+    if isinstance(config, Config) and not isinstance(config.model, ViTConfig):
+        rows = components(config, gpus, device)
+        table, notes = _table(config, rows, before=True), _notes_of_both(config, gpus, device)
+    else:
+        rows = counted(config, classes)
+        table, notes = _table(config, rows, before=False), _notes(config, rows)
+    step = sum(row.step_flop(*_samples(config)) for row in _whole(rows))
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
-    console.print(
-        "a clip, an image: forward; a step: forward, and the backward of what is trained, of the whole step\n"
+    console.print("\n".join([*notes, *_length(config, step, gpus, flops, efficiency, clips, images)]))
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _table(config: Trained, rows: list[Component], before: bool) -> Table:
+    """`rows` and their sum; `before`: with what was before and with memory."""
+    samples, whole = _samples(config), _whole(rows)
+    step = sum(row.step_flop(*samples) for row in whole)
+    columns = [("", ""), ("parameters", "M"), ("a clip", "GMAC"), ("an image", "GMAC"), ("a step", "TFLOP")]
+    columns += [("share", "%")]
+    if before:
+        columns += [("before", "TFLOP"), ("states", "GiB"), ("kept", "GiB"), ("kept before", "GiB")]
+
+    def cells(these: list[Component], part: bool = False) -> list[str]:
+        """Of their sum; of a part only what is its own."""
+        flop = sum(row.step_flop(*samples) for row in these)
+        shown = [
+            "" if part else f"{sum(row.parameters for row in these) / 1e6:.2f}",
+            f"{sum(row.clip_gmac for row in these):.2f}",
+            f"{sum(row.image_gmac for row in these):.2f}",
+            f"{flop / 1e12:.1f}",
+            f"{100 * flop / step:.0f}",
+        ]
+        if before:
+            shown.append(f"{sum(row.step_flop(*samples, before=True) for row in these) / 1e12:.1f}")
+            sizes = ([r.states for r in these], [r.kept for r in these], [r.before.kept for r in these])
+            shown += ["" if part else f"{sum(each) / GIB:.2f}" for each in sizes]
+        return shown
+
+    title = f"{config.recipe}: {config.train.clips} clips + {config.train.images} images a step"
+    table = Table(title=title, title_justify="left")
+    for column, _ in columns:
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row(*(unit for _, unit in columns), style="dim")
+    for row in rows:
+        part = row.name.startswith(" ")
+        table.add_row(row.name, *cells([row], part), style="dim" if part else None)
+    table.add_section()
+    table.add_row("sum", *cells(whole))
+    return table
+
+
+def _notes_of_both(config: Config, gpus: int, device: str) -> list[str]:
+    """What the columns say where there is a reference path, and the predicted memory."""
+    t = config.train
+    per_device = (t.clips / t.micro_clips if t.clips else t.images / t.micro_images) / gpus
+    return [
+        "a clip, an image: forward; a step: forward, and the backward of what is trained, of the whole step",
         "states: weights, gradients and AdamW's moments; kept: for the backward pass of the stream that keeps most, of "
         f"a micro-batch of {t.micro_clips * bool(t.clips)} clips + {t.micro_images * bool(t.images)} images in "
-        f"{t.precision}, {math.ceil(per_device)} of which make a step on each of {gpus} devices\n"
-        f"{_memory(config, gpus, device)}\n"
+        f"{t.precision}, {math.ceil(per_device)} of which make a step on each of {gpus} devices",
+        _memory(config, gpus, device),
         "before: with every frame tokenized, attention materialised, decoders and head on all positions; now: on "
-        "masked positions, as many as there are on average (on a GPU as many as there can be, to keep shapes static)\n"
-        f"{length}"
-    )
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        "masked positions, as many as there are on average (on a GPU as many as there can be, to keep shapes static)",
+    ]
 
 
-def _length(config: Trained, gpus: int, flops: float, efficiency: float, clips: int, images: int) -> str:
-    """The whole run's operations and hours, and why it would be refused on so many devices."""
-    t, step = config.train, sum(step_flop(config))
+def _notes(config: Trained, rows: list[Component]) -> list[str]:
+    """What the columns say of a model without a reference path."""
+    notes = ["a clip, an image: forward; a step: forward and backward"]
+    if isinstance(config, FinetuneConfig):
+        gmac = max(sum(row.clip_gmac for row in _whole(rows)), sum(row.image_gmac for row in _whole(rows)))
+        clips, crops = config.views
+        each = f"{clips} x {crops} views of {gmac:.1f} GMAC"
+        notes.append(f"a test of a file: {each}, {clips * crops * gmac / 1e3:.2f} TMAC")
+        if config.head.probes:
+            notes.append("the encoder is frozen; the probes on it are not counted")
+        if config.augment.repeats > 1:
+            notes.append(f"each file is cut {config.augment.repeats} times a step")
+    return notes
+
+
+def _length(
+    config: Trained, step: float, gpus: int, flops: float, efficiency: float, clips: int, images: int
+) -> list[str]:
+    """The operations and hours of a whole run of steps of `step` FLOP, and why so many devices would be refused it."""
+    t = config.train
     steps = total_steps(config.optim, (clips / t.clips) if t.clips else (images / t.images))
     seconds = steps * step / (gpus * flops * efficiency)
+    lines = [
+        f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
+        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed)"
+    ]
     try:
         accumulation(config, gpus)
-        refusal = ""
     except ConfigError as error:
-        refusal = f"\nas it is, a run on {gpus} devices would be refused: {error}"
-    return (
-        f"{steps} steps: {steps * step / 1e18:.2f} EFLOP, {seconds / 3600:.1f} hours on {gpus} devices at "
-        f"{100 * efficiency:.0f} % of {flops / 1e12:.0f} TFLOP/s (counted; the efficiency is assumed){refusal}"
-    )
-
-
-def _short(config: Trained, length: str, classes: int) -> str:
-    """The table of what has no reference path and whose memory nobody predicts: all but BEVT with a Video Swin."""
-    t, rows = config.train, counted(config, classes)
-    whole = [row for row in rows if not row.name.startswith(" ")]
-    title = f"{config.recipe}: {t.clips} clips + {t.images} images a step"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "parameters", "a clip", "an image", "a step", "share"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("", "M", "GMAC", "GMAC", "TFLOP", "%", style="dim")
-    repeats = _repeats(config)
-    step = sum(row.step_flop(t.clips * repeats, t.images * repeats) for row in whole)
-    for row in rows:
-        flop, part = row.step_flop(t.clips * repeats, t.images * repeats), row.name.startswith(" ")
-        table.add_row(
-            row.name,
-            "" if part else f"{row.parameters / 1e6:.2f}",
-            f"{row.clip_gmac:.2f}",
-            f"{row.image_gmac:.2f}",
-            f"{flop / 1e12:.1f}",
-            f"{100 * flop / step:.0f}",
-            style="dim" if part else None,
-        )
-    table.add_section()
-    sums = (sum(row.clip_gmac for row in whole), sum(row.image_gmac for row in whole))
-    parameters = f"{sum(row.parameters for row in whole) / 1e6:.2f}"
-    table.add_row("sum", parameters, f"{sums[0]:.2f}", f"{sums[1]:.2f}", f"{step / 1e12:.1f}", "100")
-    console = Console(file=io.StringIO(), width=110, highlight=False)
-    console.print(table)
-    console.print("a clip, an image: forward; a step: forward and backward")
-    if isinstance(config, FinetuneConfig):
-        clips, crops = config.views
-        each = f"{clips} x {crops} views of {max(sums):.1f} GMAC"
-        console.print(f"a test of a file: {each}, {clips * crops * max(sums) / 1e3:.2f} TMAC")
-        if config.head.probes:
-            console.print("the encoder is frozen; the probes on it are not counted")
-        if config.augment.repeats > 1:
-            console.print(f"each file is cut {config.augment.repeats} times a step")
-    console.print(length)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-
-
-def _repeats(config: Trained) -> int:
-    """Samples that a step makes of each file."""
-    return config.augment.repeats if isinstance(config, FinetuneConfig) else 1
+        lines.append(f"as it is, a run on {gpus} devices would be refused: {error}")
+    return lines
 
 
 def _parts_counted(config: Trained, classes: int) -> list[Component]:

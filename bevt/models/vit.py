@@ -327,13 +327,20 @@ class VideoTransformer(nn.Module):
             mask_token: (1, 1, C).
         """
         factors: list[Tensor | None] = [None] * len(self.config.drop_path_rates) if drop is None else list(drop)
-        kind, (b, depth, n, _) = self.config.kind, x.shape
+        kind, depth = self.config.kind, x.shape[1]
         if visible is not None:
-            x = self.patch_embed(taken(x.flatten(1, 2), visible))
-            x = x + self.pos_embed[0][visible]
-            for block, own in zip(self.blocks, factors):
-                x = block(x, own)
-            return x
+            x = self.patch_embed(taken(x.flatten(1, 2), visible)) + self.pos_embed[0][visible]
+        else:
+            x = self._placed(x, hidden, mask_token)
+        for block, own in zip(self.blocks, factors):
+            x = block(x, depth, own) if kind == "timesformer" else block(x, own)
+        if kind == "vivit_2":
+            return self.temporal(self.spatial_norm(x)[:, :, 0], factors[len(self.blocks) :])
+        return x.flatten(1, 2) if x.ndim == 4 else x
+
+    def _placed(self, x: Tensor, hidden: Tensor | None, mask_token: Tensor | None) -> Tensor:
+        """What the blocks take: `patches` (B, D, N, P) as tokens with their positions and class tokens."""
+        kind, (b, depth, n, _) = self.config.kind, x.shape
         x = self.patch_embed(x)
         if hidden is not None and mask_token is not None:
             x = torch.where(hidden.unsqueeze(-1), mask_token, x)
@@ -352,11 +359,7 @@ class VideoTransformer(nn.Module):
             x = x.flatten(1, 2) + self.pos_embed[:, int(kind in CLASS_TOKEN) :]
         if kind in ("timesformer", "vivit_1"):
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), x], dim=1)
-        for block, own in zip(self.blocks, factors):
-            x = block(x, depth, own) if kind == "timesformer" else block(x, own)
-        if kind == "vivit_2":
-            return self.temporal(self.spatial_norm(x)[:, :, 0], factors[len(self.blocks) :])
-        return x.flatten(1, 2) if x.ndim == 4 else x
+        return x
 
     def reset_parameters(self) -> None:
         """Each family's own rule: what its code does (`Module.apply` reaches no bare parameters)."""

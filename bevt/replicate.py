@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -33,7 +33,8 @@ from bevt.data import shapes
 from bevt.data.processes import cores, pool
 from bevt.evaluate.classification import ORDERS
 from bevt.pictures.replication import bars
-from bevt.recipes.replicate import replicate_finetune, replicate_image_stage, replicate_joint_stage
+from bevt.recipes import ALL_RECIPES, BEVT_RECIPES
+from bevt.recipes.replicate import replicate_joint_stage
 from bevt.tokenizers.vq import VQConfig
 from bevt.train.loop import hold
 from bevt.train.metrics import RunError
@@ -58,16 +59,18 @@ class Start:
     """What pretrains it; empty: random weights."""
     init: str = ""
     """The start that it goes on from."""
-    images: bool = True
-    """Whether it learns from stills too."""
+    streams: tuple[Literal["clips", "images"], ...] = ("clips", "images")
+    """What it is pretrained on."""
     mask: str = "tube"
+    tuning: tuple[str, ...] = ("replicate_finetune",)
+    """The recipe that finetunes it, and options."""
 
 
 STARTS = {
     "random": Start("random", None),
-    "bevt_i": Start("BEVT-I", (69.2, 81.2, 80.5), "replicate_image_stage"),
-    "bevt_v_scratch": Start("BEVT-V from scratch", (67.1, 83.7, 76.2), "replicate_joint_stage", images=False),
-    "bevt_v": Start("BEVT-V from BEVT-I", (70.0, 85.2, 79.6), "replicate_joint_stage", "bevt_i", images=False),
+    "bevt_i": Start("BEVT-I", (69.2, 81.2, 80.5), "replicate_image_stage", streams=("images",)),
+    "bevt_v_scratch": Start("BEVT-V from scratch", (67.1, 83.7, 76.2), "replicate_joint_stage", streams=("clips",)),
+    "bevt_v": Start("BEVT-V from BEVT-I", (70.0, 85.2, 79.6), "replicate_joint_stage", "bevt_i", streams=("clips",)),
     "bevt_scratch": Start("BEVT from scratch", (67.9, 85.1, 78.5), "replicate_joint_stage"),
     "bevt": Start("BEVT from BEVT-I", (70.6, 86.7, 80.6), "replicate_joint_stage", "bevt_i"),
 }
@@ -79,10 +82,40 @@ MASKS = {
 }
 """BEVT from BEVT-I with other masks than the tube's (Table 9, Swin-T), whose top-1 are 63.3 and 71.6."""
 
+SYSTEMS = {
+    "timesformer_bevt_i": Start(
+        "TimeSformer, BEVT-I",
+        (61.8, 77.2, 76.5),
+        "timesformer_demo_image",
+        streams=("images",),
+        tuning=("timesformer_demo_finetune",),
+    ),
+    "timesformer_bevt": Start(
+        "TimeSformer, BEVT from BEVT-I",
+        (65.7, 82.3, 77.1),
+        "timesformer_demo_joint",
+        "timesformer_bevt_i",
+        tuning=("timesformer_demo_finetune",),
+    ),
+    "videomae": Start("VideoMAE", None, "videomae_demo", streams=("clips",), tuning=("videomae_demo_finetune",)),
+    "vivit_1": Start("ViViT's model 1, from random weights", None, tuning=("vivit_demo",)),
+    "vivit_2": Start(
+        "its model 2", None, tuning=("vivit_demo", "--model.kind", "vivit_2", "--model.temporal-depth", "1")
+    ),
+    "vivit_3": Start("its model 3", None, tuning=("vivit_demo", "--model.kind", "vivit_3")),
+    "vivit_4": Start("its model 4", None, tuning=("vivit_demo", "--model.kind", "vivit_4")),
+}
+"""The other systems, with BEVT's figures of a TimeSformer (Table 8)."""
+
+
+def every_start() -> dict[str, Start]:
+    """Of all three."""
+    return {**STARTS, **MASKS, **SYSTEMS}
+
 
 def labellings(start: str) -> tuple[str, ...]:
-    """On which it is finetuned; where masks are compared, motion alone."""
-    return ("how",) if start in MASKS else tuple(shapes.LABELLINGS)
+    """On which it is finetuned; where masks or systems are compared, motion alone."""
+    return tuple(shapes.LABELLINGS) if start in STARTS else ("how",)
 
 
 @dataclass(frozen=True)
@@ -100,16 +133,16 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
     folder = Path(data.labels).parent
     pretraining: list[Job] = []
     tuning: list[Job] = []
-    starts = {**STARTS, **MASKS}
-    for name, start in starts.items():
+    for name, start in every_start().items():
         if not start.recipe:
             continue
-        words = ["pretrain", start.recipe, "--tokenizer.path", str(tokenizer), "--data.val-images", data.val_images]
-        if start.images:
-            words += ["--data.images", data.train_images]
-        if start.recipe == "replicate_joint_stage":
-            words += ["--data.clips", data.train_clips, "--data.val-clips", data.val_clips]
-        if not start.images:
+        words = ["pretrain", start.recipe]
+        if start.recipe in BEVT_RECIPES:
+            words += ["--tokenizer.path", str(tokenizer)]
+        for stream in start.streams:
+            words += [f"--data.{stream}", getattr(data, f"train_{stream}")]
+            words += [f"--data.val-{stream}", getattr(data, f"val_{stream}")]
+        if start.recipe == "replicate_joint_stage" and "images" not in start.streams:
             words += ["--train.images", "0"]
         if start.mask != "tube":
             words += ["--clip-mask.kind", start.mask]
@@ -118,10 +151,10 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
         words += ["--out", str(out / name), "--resume"]
         pretraining.append(Job(name, tuple(words), (start.init,) if start.init else ()))
     for seed in range(seeds):
-        for name, start in starts.items():
+        for name, start in every_start().items():
             for labels in labellings(name):
                 run = f"{name}-{labels}-{seed}"
-                words = ["finetune", "replicate_finetune", "--train.seed", str(seed)]
+                words = ["finetune", *start.tuning, "--train.seed", str(seed)]
                 words += ["--out", str(out / run), "--resume"]
                 words += ["--data.clips", str(folder / f"{labels}_train_clips.txt")]
                 words += ["--data.val-clips", str(folder / f"{labels}_val_clips.txt")]
@@ -129,7 +162,7 @@ def plan(out: Path, data: shapes.ShapesPaths, tokenizer: Path, seeds: int) -> li
                     words += ["--init", str(out / name / "checkpoints" / "last")]
                 tuning.append(Job(run, tuple(words), (name,) if start.recipe else ()))
                 checkpoint = str(out / run / "checkpoints" / "last")
-                tested = ("test", "replicate_finetune", checkpoint, "--temporal")
+                tested = ("test", start.tuning[0], checkpoint, *start.tuning[1:], "--temporal")
                 tuning.append(Job(f"{run}-test", tested, (run,)))
     waited = {job.after[0] for job in pretraining if job.after}
     pretraining.sort(key=lambda job: job.name not in waited)
@@ -207,6 +240,7 @@ ORDERINGS = (
     ("tube above Random-3D (SSv2 63.3, 59.1)", "how", "bevt", "random_3d"),
     ("tube above Frame-Diff (SSv2 63.3, 62.9)", "how", "bevt", "frame_diff"),
     ("tube above Random-Frame (SSv2 63.3, 62.6)", "how", "bevt", "random_frame"),
+    ("TimeSformer: BEVT above BEVT-I (SSv2 65.7, 61.8)", "how", "timesformer_bevt", "timesformer_bevt_i"),
 )
 """What the paper found: in words, on which labelling it is looked for here, the better start and the other."""
 
@@ -221,7 +255,7 @@ def collect(out: Path, seeds: int) -> Figures:
             labels: [_scores(out / f"{name}-{labels}-{seed}" / "test" / "scores.json") for seed in range(seeds)]
             for labels in labellings(name)
         }
-        for name in (*STARTS, *MASKS)
+        for name in every_start()
     }
 
 
@@ -254,6 +288,9 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.1f}{spread}"
 
+    def published(start: Start) -> str:
+        return " | ".join(f"{value:.1f}" for value in start.paper or ()) or "- | - | -"
+
     made, counts = settings["made"], settings["counts"]
     minutes = sum(float((out / "done" / job.name).read_text()) for job in jobs) / made["cores"] / 60
     chances = " and ".join(f"{100 / len(classes):.1f}" for _, classes in shapes.LABELLINGS.values())
@@ -269,13 +306,14 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
         f"{counts['train_clips']} clips and {counts['train_images']} stills of the embedded dataset to learn from, "
         f'{counts["val_clips"]} clips to test on. "What": the background, of {len(shapes.BACKGROUNDS)} kinds; '
         f'"how": the motion of the shape, of {len(shapes.MOTIONS)}: {", ".join(shapes.MOTIONS)}. Settings: '
-        "`bevt/recipes/replicate.py`.",
+        "`bevt/recipes/replicate.py`, of the other systems `bevt/recipes/demo.py`.",
         "",
         "What these figures are worth: "
         f"chance is {chances} %, and the standard error of an accuracy on {counts['val_clips']} clips up to "
         f"{50 / counts['val_clips'] ** 0.5:.1f} points. Rate, batch and steps of finetuning were chosen on BEVT from "
-        f"BEVT-I with seed 0, by the same clips (LOG.md, 2026-11-28). What goes on from BEVT-I has its {steps} steps "
-        "of pretraining too. The paper's figures are of other data and sizes: only orderings can be compared.",
+        f"BEVT-I with seed 0, by the same clips; of the other systems on ViViT, by these and as many more (LOG.md, "
+        f"2026-11-28). What goes on from BEVT-I has its {steps} steps of pretraining too. The paper's figures are of "
+        "other data and sizes: only orderings can be compared.",
         "",
         "## Ways to start",
         "",
@@ -285,8 +323,7 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
         "|---|---|---|---|---|---|",
     ]
     for name, start in STARTS.items():
-        paper = " | ".join(f"{value:.1f}" for value in start.paper) if start.paper else "- | - | -"
-        lines.append(f"| {start.title} | {cell(name, 'what')} | {cell(name, 'how')} | {paper} |")
+        lines.append(f"| {start.title} | {cell(name, 'what')} | {cell(name, 'how')} | {published(start)} |")
     lines += [
         "",
         "## How much the models depend on time",
@@ -316,6 +353,18 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
     lines.append(f"| tube (BEVT from BEVT-I above) | {cell('bevt', 'how')} | 63.3 | 71.6 |")
     lines += [
         "",
+        "## The other systems",
+        "",
+        "Of sizes, tokens and finetuning of their own; the paper's figures are of BEVT with a TimeSformer (Table 8).",
+        "",
+        "| system | how | one frame | shuffled | reversed | paper: SSv2 | Diving48 | K400 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, start in SYSTEMS.items():
+        cells = " | ".join(cell(name, "how", order) for order in ORDERS)
+        lines.append(f"| {start.title} | {cells} | {published(start)} |")
+    lines += [
+        "",
         "## The paper's orderings",
         "",
         '"Comes out": above with every seed; "does not": with none; "unclear": with some; "tie": equal with all. '
@@ -330,7 +379,11 @@ def report(out: Path, figures: Figures, jobs: Sequence[Job], seeds: int, setting
     lines += ["", "## Commands", ""]
     lines += ["`bevt replicate` makes data and tokenizer and runs, in this order, with `bevt` before each:", "", "```"]
     lines += [shlex.join(job.words) for job in jobs if job.words[0] != "test"]
-    lines += ["```", "", "and `bevt test replicate_finetune RUN/checkpoints/last --temporal` of every finetuned one."]
+    lines += [
+        "```",
+        "",
+        "and `bevt test RECIPE RUN/checkpoints/last --temporal`, with its options, of every finetuned one.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -339,12 +392,13 @@ def settle(out: Path, counts: Mapping[str, int], steps: int, fit_steps: int) -> 
 
     "made" is of the first call, and not compared.
     """
-    recipes = (replicate_image_stage(), replicate_joint_stage(), replicate_finetune())
+    starts = every_start()
+    recipes = {start.recipe for start in starts.values() if start.recipe} | {s.tuning[0] for s in starts.values()}
     settings: dict[str, Any] = {
         **{"shapes": shapes.VERSION, "counts": dict(counts), "labellings": shapes.LABELLINGS, "steps": steps},
         "tokenizer": asdict(vq(fit_steps)),
-        "starts": {name: asdict(start) for name, start in {**STARTS, **MASKS}.items()},
-        "recipes": {recipe.recipe: to_dict(recipe) for recipe in recipes},
+        "starts": {name: asdict(start) for name, start in starts.items()},
+        "recipes": {name: to_dict(ALL_RECIPES[name]()) for name in sorted(recipes)},
         "made": {
             **{"bevt": bevt.__version__, "torch": torch.__version__, "cores": cores()},
             "machine": f"{cores()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",

@@ -124,6 +124,22 @@ def test_commands_can_be_run(name: str) -> None:
         written.add(shlex.split(command)[-1])
 
 
+def test_commands_of_demos_can_be_run() -> None:
+    """They parse, and what they start from is what another of them writes."""
+    starts, written = {""}, {""}
+    for command in (each for name in ALL_RECIPES if "_demo" in name for each in commands(name)):
+        if command.startswith("bevt tokenizer fit "):
+            written.add(str(cli._parse(cli.TokenizerFitArgs, shlex.split(command)[3:], "bevt tokenizer fit").out))
+            continue
+        config = parsed(command) if command.startswith("bevt pretrain ") else finetuned(command)
+        check(config)
+        starts |= {config.init.removesuffix("/checkpoints/last")}
+        starts |= {config.tokenizer.path} if isinstance(config, Config) else set()
+        written.add(shlex.split(command)[-1])
+    assert len(starts) == 5
+    assert starts <= written
+
+
 @pytest.mark.parametrize(
     ("name", "streams", "kind", "source"),
     [

@@ -10,7 +10,7 @@ import pytest
 
 from bevt import replicate
 from bevt.data import shapes
-from bevt.replicate import MASKS, STARTS, Job, plan, run_jobs, verdict
+from bevt.replicate import MASKS, STARTS, SYSTEMS, Job, plan, run_jobs, verdict
 from bevt.train.loop import hold
 from bevt.train.metrics import RunError
 
@@ -21,7 +21,9 @@ def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tm
     """What is waited for comes before who waits; a job for each, tested after it is tuned."""
     jobs = plan(tmp_path, dataset, tmp_path / "vq.safetensors", seeds=3)
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == len(STARTS) - 1 + len(MASKS) + 2 * 3 * (2 * len(STARTS) + len(MASKS))
+    pretrained = [name for name, start in replicate.every_start().items() if start.recipe]
+    tuned = 2 * len(STARTS) + len(MASKS) + len(SYSTEMS)
+    assert len(set(names)) == len(names) == len(pretrained) + 2 * 3 * tuned
     for i, job in enumerate(jobs):
         assert all(names.index(before) < i for before in job.after)
         init = job.words[job.words.index("--init") + 1] if "--init" in job.words else ""
@@ -30,7 +32,7 @@ def test_plan_has_every_start_labelling_and_seed(dataset: shapes.ShapesPaths, tm
 
 
 def test_orderings_name_starts() -> None:
-    assert {name for _, _, *pair in replicate.ORDERINGS for name in pair} <= STARTS.keys() | MASKS.keys()
+    assert {name for _, _, *pair in replicate.ORDERINGS for name in pair} <= replicate.every_start().keys()
 
 
 @pytest.mark.parametrize(
@@ -63,23 +65,26 @@ def test_a_job_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_a_small_replication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four starts and a mask, one seed: a report with a row of each; a second call runs nothing again."""
+    """Four starts, a mask and three systems, one seed: a row of each in the report; a second call runs nothing."""
     kept = ("random", "bevt_i", "bevt_v", "bevt")
     monkeypatch.setattr(replicate, "STARTS", {name: STARTS[name] for name in kept})
     monkeypatch.setattr(replicate, "MASKS", {"random_3d": MASKS["random_3d"]})
-    names = {*kept, "random_3d"}
+    systems = ("timesformer_bevt_i", "videomae", "vivit_2")
+    monkeypatch.setattr(replicate, "SYSTEMS", {name: SYSTEMS[name] for name in systems})
+    names = {*kept, "random_3d", *systems}
     monkeypatch.setattr(replicate, "ORDERINGS", tuple(o for o in replicate.ORDERINGS if set(o[2:]) <= names))
     folder = replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
     text = (folder / "README.md").read_text()
     assert all(f"| {STARTS[name].title} |" in text for name in kept)
     assert "| Random-3D |" in text
+    assert all(f"| {SYSTEMS[name].title} |" in text for name in systems)
     assert "| BEVT from BEVT-I above BEVT-I (SSv2 70.6, 69.2) | how |" in text
     assert (folder / "starts.png").stat().st_size > 1000
     figures = json.loads((folder / "results.json").read_text())
     assert figures["bevt"]["how"][0].keys() == {"normal", "single", "shuffled", "reversed"}
-    assert figures["random_3d"].keys() == {"how"}
+    assert figures["random_3d"].keys() == figures["videomae"].keys() == {"how"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()}
-    assert len(before) == 4 + 2 * (4 * 2 + 1)
+    assert len(before) == 4 + 2 + 2 * (4 * 2 + 1 + 3)
     replicate.replicate(tmp_path, 1, counts=FEW, steps=1, fit_steps=2)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()} == before
     with pytest.raises(RunError, match=r"holds a replication with other settings.*: name another --out"):

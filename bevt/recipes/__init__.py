@@ -13,9 +13,11 @@ from bevt.recipes.contrast import image_contrastive
 from bevt.recipes.demo import (
     demo_image_stage,
     demo_joint_stage,
+    timesformer_demo_finetune,
     timesformer_demo_image,
     timesformer_demo_joint,
     videomae_demo,
+    videomae_demo_finetune,
     vivit_demo,
 )
 from bevt.recipes.finetune import diving48, image_supervised, k400, probe_k400, ssv2
@@ -96,6 +98,8 @@ FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
         timesformer_ssv2,
         timesformer_diving48,
         vivit_demo,
+        videomae_demo_finetune,
+        timesformer_demo_finetune,
         replicate_finetune,
     )
 }

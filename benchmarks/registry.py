@@ -257,7 +257,7 @@ OPS = {
         (WINDOW_TESTS, LOSS_TESTS, ARGMAX_TESTS, LINEAR_TESTS, CONV_TESTS),
     ),
     "videomae_step": Op({"base": Entry("base", VideoMAECase(1), {"cpu": 1, "cuda": 8})}, (LINEAR_TESTS, VIT_TESTS)),
-    # On a GPU not measured: the ten minutes are full.
+    # No GPU case: `suite.SECONDS` has no time left for them.
     "vivit_step": Op({"base": Entry("base", ViTCase(1, "vivit_1", 32), {"cpu": 1})}, (LINEAR_TESTS, VIT_TESTS)),
     "timesformer_step": Op(
         {"base": Entry("base", ViTCase(1, "timesformer", 8), {"cpu": 1})}, (LINEAR_TESTS, VIT_TESTS)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt import masking
 from bevt.config import Config, ConfigError, FinetuneConfig, MaskConfig, VideoMAEConfig, ViTConfig, check, plain
-from bevt.data.build import accumulation
+from bevt.data.build import accumulation, samples
 from bevt.models.bevt import BEVT, MaskedInput, Stream, TimeSformerBEVT
 from bevt.models.classifier import build as build_classifier
 from bevt.models.videomae import VideoMAE
@@ -102,14 +102,15 @@ def components(config: Config, gpus: int = 1, device: str = "cuda") -> list[Comp
     return done
 
 
-def step_flop(config: Trained) -> tuple[float, float]:
-    """Counted floating-point operations of one optimizer step over all devices: the tokenizer's, and all others.
+def step_flop(config: Trained, classes: int = 400) -> tuple[float, float]:
+    """Counted floating-point operations of one optimizer step over all devices: the tokenizer's, and all others;
+    `classes` of a classifier.
 
     Decoders, head and tokenizer at masked positions and frames, as many as there are on average; without what is
     computed again to save memory.
     """
-    clips, images = _samples(config)
-    flop = {row.name: row.step_flop(clips, images) for row in _whole(counted(config))}
+    clips, images = samples(config)
+    flop = {row.name: row.step_flop(clips, images) for row in _whole(counted(config, classes))}
     tokenizer = sum(n for name, n in flop.items() if name.startswith("tokenizer"))
     return tokenizer, sum(flop.values()) - tokenizer
 
@@ -117,12 +118,6 @@ def step_flop(config: Trained) -> tuple[float, float]:
 def _whole(rows: list[Component]) -> list[Component]:
     """Those that are no part of another."""
     return [row for row in rows if not row.name.startswith(" ")]
-
-
-def _samples(config: Trained) -> tuple[int, int]:
-    """Clips and images that a step makes of its files."""
-    repeats = config.augment.repeats if isinstance(config, FinetuneConfig) else 1
-    return config.train.clips * repeats, config.train.images * repeats
 
 
 def counted(config: Trained, classes: int = 400) -> list[Component]:
@@ -201,7 +196,7 @@ def budget(
     else:
         rows = counted(config, classes)
         table, notes = _table(config, rows, before=False), _notes(config, rows)
-    step = sum(row.step_flop(*_samples(config)) for row in _whole(rows))
+    step = sum(row.step_flop(*samples(config)) for row in _whole(rows))
     console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(table)
     console.print("\n".join([*notes, *_length(config, step, gpus, flops, efficiency, clips, images)]))
@@ -210,8 +205,8 @@ def budget(
 
 def _table(config: Trained, rows: list[Component], before: bool) -> Table:
     """`rows` and their sum; `before`: with what was before and with memory."""
-    samples, whole = _samples(config), _whole(rows)
-    step = sum(row.step_flop(*samples) for row in whole)
+    made, whole = samples(config), _whole(rows)
+    step = sum(row.step_flop(*made) for row in whole)
     columns = [("", ""), ("parameters", "M"), ("a clip", "GMAC"), ("an image", "GMAC"), ("a step", "TFLOP")]
     columns += [("share", "%")]
     if before:
@@ -219,7 +214,7 @@ def _table(config: Trained, rows: list[Component], before: bool) -> Table:
 
     def cells(these: list[Component], part: bool = False) -> list[str]:
         """Of their sum; of a part only what is its own."""
-        flop = sum(row.step_flop(*samples) for row in these)
+        flop = sum(row.step_flop(*made) for row in these)
         shown = [
             "" if part else f"{sum(row.parameters for row in these) / 1e6:.2f}",
             f"{sum(row.clip_gmac for row in these):.2f}",
@@ -228,7 +223,7 @@ def _table(config: Trained, rows: list[Component], before: bool) -> Table:
             f"{100 * flop / step:.0f}",
         ]
         if before:
-            shown.append(f"{sum(row.step_flop(*samples, before=True) for row in these) / 1e12:.1f}")
+            shown.append(f"{sum(row.step_flop(*made, before=True) for row in these) / 1e12:.1f}")
             sizes = ([r.states for r in these], [r.kept for r in these], [r.before.kept for r in these])
             shown += ["" if part else f"{sum(each) / GIB:.2f}" for each in sizes]
         return shown

@@ -132,7 +132,8 @@ class ViTConfig:
     """What an image model's patch embedding becomes over the frames of a token: that of the central frame, zero in the
     others; or divided over all."""
     temporal_init: Literal["copy", "zero"] = "copy"
-    """`vivit_3` alone: attention over time starts as a copy of the image model's, or with an output of zero."""
+    """`vivit_3` alone: attention over time starts as a copy of the image model's (scenic's way), or with a last linear
+    layer of zero (the paper's, section 3.4, has all of its weights zero)."""
     attention_impl: Literal["auto", "sdpa", "xformers"] = "auto"
     """Who computes attention: PyTorch's scaled_dot_product_attention (`auto` too), or xformers on a GPU."""
     loss_impl: Impl = "auto"
@@ -351,11 +352,12 @@ class BatchConfig:
     """Batches, precision, and what is written when: of every kind of training."""
 
     clips: int = 256
-    """Clips in one optimizer step over all devices; 0: no video stream."""
+    """Clips in one optimizer step over all devices, each cut `augment.repeats` times; 0: no video stream."""
     images: int = 2048
     """Images in one optimizer step over all devices; 0: no image stream."""
     micro_clips: int = 8
-    """Clips in one forward pass of one device; accumulation follows from it and from the number of devices."""
+    """Clips in one forward pass of one device, each cut `augment.repeats` times; accumulation follows from it and from
+    the number of devices."""
     micro_images: int = 64
     """Images in one forward pass of one device."""
     precision: Literal["float64", "float32", "bfloat16"] = "bfloat16"

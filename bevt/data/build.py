@@ -599,6 +599,12 @@ def _samplers(
     return samplers
 
 
+def samples(config: AnyConfig) -> tuple[int, int]:
+    """Clips and images that a step makes of its files: more than those where each is cut several times."""
+    repeats = config.augment.repeats if isinstance(config, FinetuneConfig) else 1
+    return config.train.clips * repeats, config.train.images * repeats
+
+
 def accumulation(config: AnyConfig, world_size: int) -> int:
     """Micro-batches a step; ConfigError where the global batch does not divide into them."""
     counts = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from PIL import Image
 
 from bevt.data import DataError
 from bevt.data.processes import cores, pool
+
+_log = logging.getLogger("bevt.data")
 
 VERSION = 1
 """Of the pictures: it changes with any change to what is drawn or encoded."""
@@ -245,8 +248,13 @@ def located(source: str, kind: Literal["clips", "images"]) -> str:
             f"{PREFIX}train:how, {PREFIX}val:how, {PREFIX}train:what and {PREFIX}val:what"
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevt"
+
+    def tell(done: int, total: int) -> None:
+        if done == 1:
+            _log.warning("the embedded dataset is rendered into %s: %d files, a minute on two cores", cache, total)
+
     try:
-        paths = ensure(cache, 0, **COUNTS)
+        paths = ensure(cache, 0, **COUNTS, progress=tell)
     except OSError as error:
         raise DataError(
             f"{source}: the embedded dataset cannot be written into {cache} ({error.strerror}): point XDG_CACHE_HOME "

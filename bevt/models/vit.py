@@ -15,13 +15,14 @@ vivit_2      each depth by itself, then over its outputs   two           of spac
 vivit_3      in each block over time, then over space      no            of each token           mean of the norm
 vivit_4      half of the heads over time, half over space  no            of each token           mean of the norm
 
-VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default. Under autocast the residual
-stream is in the type of the positions that begin it, float32.
+ViViT's paper has its third model attend over space first, and finds that the order makes no difference; scenic has
+both. VideoMAE's keys have no bias. ViViT's GELU is the approximation by tanh, JAX's default. Under autocast the
+residual stream is in the type of the positions that begin it, float32.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from dataclasses import replace
 from typing import Any, Literal
@@ -49,8 +50,10 @@ def attention_reasons(impl: str, device: str) -> list[str]:
     if impl != "xformers":
         return []
     reasons = [] if device == "cuda" else [f"xformers has attention for CUDA alone, this is {device}"]
-    if importlib.util.find_spec("xformers") is None:
-        reasons.append("xformers is not installed: pip install xformers")
+    try:
+        importlib.import_module("xformers.ops")
+    except ImportError as error:
+        reasons.append(f"xformers cannot be imported ({error}): pip install xformers")
     return reasons
 
 

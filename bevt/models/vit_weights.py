@@ -1,7 +1,10 @@
 """Weights of one vision transformer for another: of images for clips, of other sizes; pure functions of state dicts.
 
-What an image model lacks starts as its family's authors have it (ViViT section 3.4, scenic `model_utils.py`;
-TimeSformer `models/helpers.py`).
+What an image model lacks starts as its family's code has it (scenic `model_utils.py`, TimeSformer `models/helpers.py`)
+but for three things: `vivit_2` takes the image model's class token, which scenic draws anew; positions of a
+`timesformer` are interpolated between their rows and columns, where its code takes the nearest of one flat list; and
+`vivit_3` may start with nothing over time, as ViViT's paper has it (section 3.4) and scenic does not
+(`config.temporal_init`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from bevt.models.names import Source, State, WeightsError
 from bevt.models.vit import CLASS_TOKEN, Size3
 
 POSITIONS = "encoder.pos_embed"
+
+LATER = "encoder.temporal.pos_embed"
+"""Places in time of ViViT's second model, a class token's first."""
 
 
 def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weights.Report:
@@ -56,7 +62,8 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
 
     - Patch embeddings of images become tubes (`config.inflation`).
     - Positions of images are repeated over time, or stay those of space; of another height and width they are
-      interpolated (bilinear, corners on corners), of another number of frames the nearest is taken.
+      interpolated (bilinear, corners on corners). Places in time for another number of frames: the nearest of a
+      `timesformer`, linearly interpolated of `vivit_2`.
     - `timesformer` from images: attention over time and its norm are copies of those over space, its last linear layer
       keeps its start, zero. `vivit_3`: attention over time is a copy, or keeps its start
       (`config.temporal_init`); its norm keeps it. `vivit_2`: all over time keeps its start.
@@ -92,6 +99,8 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
         missing += [r"encoder\.temporal\..*", r"norm\..*"]
         for key in [key for key in out if key.startswith("norm.")]:
             out[f"encoder.spatial_{key}"] = out.pop(key)
+    if kind == "vivit_2" and LATER in out:
+        out[LATER] = torch.cat([out[LATER][:, :1], _times(out[LATER][:, 1:], depth, "linear")], dim=1)
     if kind in ("timesformer", "vivit_3") and not any(".temporal_attn." in key for key in out):
         copied = ["attn", "norm1"] if kind == "timesformer" else ["attn"] * (config.temporal_init == "copy")
         for part in copied:
@@ -117,9 +126,11 @@ def _without_divided(state: State, config: ViTConfig, depth: int) -> State:
     return out
 
 
-def _times(times: Tensor, depth: int) -> Tensor:
-    """(1, d, C) -> (1, depth, C), the nearest each."""
-    return F.interpolate(times.transpose(1, 2), size=depth, mode="nearest").transpose(1, 2)
+def _times(times: Tensor, depth: int, mode: str = "nearest") -> Tensor:
+    """(1, d, C) -> (1, depth, C): the nearest each, or between its neighbours (`linear`)."""
+    if times.shape[1] == depth:
+        return times
+    return F.interpolate(times.transpose(1, 2), size=depth, mode=mode).transpose(1, 2)
 
 
 def inflated(weight: Tensor, config: ViTConfig) -> Tensor:
@@ -151,7 +162,7 @@ def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool, planar:
     first, rest = places[:, : int(classed)], places[:, int(classed) :]
     if wanted and not classed:
         raise WeightsError(f"{POSITIONS} has no place for a class token, which this model has")
-    if rest.shape[1] != depth * height * width:
+    if (planar and depth > 1) or rest.shape[1] != depth * height * width:
         side = math.isqrt(rest.shape[1])
         if not planar or (rest.shape[1] != height * width and side * side != rest.shape[1]):
             raise WeightsError(

@@ -92,7 +92,9 @@ def timesformer_ssv2() -> FinetuneConfig:
     SSV2/train.json --data.val-clips SSV2/validation.json --head.classes SSV2/labels.json --out runs/timesformer_ssv2
     Command, then: bevt test timesformer_ssv2 runs/timesformer_ssv2/checkpoints/last
     Expected: 65.7 from BEVT, 61.8 from BEVT-I, 57.6 image supervised; TimeSformer's own paper: 59.5.
-    Settings: as `timesformer_k400`.
+    Settings: as `timesformer_k400`, but for the short side, which TimeSformer's code draws uniformly in its inverse.
+    Its published weights of this dataset read blue first (its loader is OpenCV's and leaves the channels so): their
+    `patch_embed.proj.weight` wants `.flip(1)` before they are tested here.
     """
     base = timesformer_k400()
     data = replace(base.data, sampling="segments", stride=DataConfig.stride, flip=0.0)

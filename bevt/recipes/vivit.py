@@ -2,7 +2,7 @@
 
 All start from an image ViT of ImageNet-21k: --init takes timm's and Hugging Face's files. Expected are top-1 accuracies
 with 4 x 3 views of scenic's model zoo, or of the paper where it says so; none was measured here. Colour augmentation
-does not turn the hue here, and classes are learned by cross-entropy on one clip of a video in between.
+does not turn the hue here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def vivit_k400() -> FinetuneConfig:
     Command, then: bevt test vivit_k400 runs/vivit_k400/checkpoints/last
     Expected: 79.9; the paper's table 2: model 1 80.0, model 2 78.8, model 3 77.4, model 4 76.3.
     Settings: scenic's configuration; its jitter of scale is a short side from 0.9 to 1.33 times 256 here. --model.kind
-    vivit_3 and vivit_4 are the other models.
+    vivit_3 and vivit_4 are the other models; the paper's third attends over space first, and starts with nothing over
+    time (--model.temporal-init zero).
     """
     return FinetuneConfig(
         recipe="vivit_k400",

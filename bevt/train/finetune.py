@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bevt.budget import step_flop
 from bevt.config import AnyConfig, AnyModel, FinetuneConfig, ModelConfig, ViTConfig, check, from_dict
 from bevt.data.build import StepLoader, source_kind
 from bevt.data.classes import are_numbers, class_numbers, found_classes, read_classes, without_files
@@ -94,6 +95,9 @@ class Finetuning(Task):
         return ClassStep(
             model, optimizer, self.config, self.world, len(self.classes), self.config.head.names, self.average
         )
+
+    def flop(self) -> tuple[float, float]:
+        return step_flop(self.config, len(self.classes))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.average

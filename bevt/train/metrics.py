@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bevt.config import AnyConfig, UserError
 from bevt.data.batch import BadFile, Batch
+from bevt.data.build import samples
 from bevt.train.distributed import World
 from bevt.train.phases import Phases
 from bevt.train.step import StepResult
@@ -253,9 +254,9 @@ class Meter:
         row["step_seconds"] = seconds / self._timed
         row |= {f"{phase}_seconds": spent / self._timed for phase, spent in phases.items()}
         row["data_wait"] = self._waited / seconds
-        for stream in ("clips", "images"):
-            if getattr(self.config.train, stream):
-                row[f"{stream}_per_second"] = getattr(self.config.train, stream) * self._timed / seconds
+        for stream, count in zip(("clips", "images"), samples(self.config), strict=True):
+            if count:
+                row[f"{stream}_per_second"] = count * self._timed / seconds
         if self.flop:
             flop = self.flop + self.tokenizing * (1 - row.get("tokens_cached", 0.0))
             row["tflops"] = flop * self._timed / seconds / 1e12

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bevt.budget import step_flop
 from bevt.config import AnyConfig, VideoMAEConfig
 from bevt.data import augment
 from bevt.data.batch import Batch
@@ -48,6 +49,9 @@ class PixelPretraining(Task):
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
         return PixelStep(model, optimizer, self.config, self.world)
 
+    def flop(self) -> tuple[float, float]:
+        return step_flop(self.config)
+
     def explained(self) -> AbstractContextManager[None]:
         return memory.advised("train.micro_clips")
 
@@ -58,9 +62,11 @@ class PixelPretraining(Task):
         self, model: nn.Module, config: AnyConfig, out: Path, step: int, writer: MetricsWriter | None
     ) -> dict[str, float]:
         config = cast(VideoMAEConfig, config)
+        if not config.data.val_clips:
+            return {}
         device = self.world.device
         whole = gathered(model, self.world, config.train.parallel, lambda: build_model(self.config, device))
-        if whole is None or not config.data.val_clips:
+        if whole is None:
             return {}
         from bevt.evaluate.pixels import evaluate
         from bevt.pictures.report import draw_pixels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.foreign import torchvision_schemas
 from bevt.config import DecoderConfig, ViTConfig, plain
 from bevt.models import vit_names, weights
+from bevt.models.bevt import MaskedInput, Stream, TimeSformerBEVT
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import WeightsError
 from bevt.models.videomae import VideoMAE, normalised
-from bevt.models.vit import EPS, VideoTransformer, grid_of, taken
+from bevt.models.vit import EPS, Attention, VideoTransformer, grid_of, taken
 
 torchvision_schemas()  # transformers imports it where it is installed
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
@@ -226,6 +229,82 @@ def test_an_image_is_what_hugging_faces_vit_makes_of_it(size: tuple[int, ...]) -
     _close(logits, theirs(pixel_values=images).logits, "logits")
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stream", ["clips", "images"])
+def test_masked_tokens_of_a_timesformer(stream: Stream, size: tuple[int, ...]) -> None:
+    """BEVT's loss with Hugging Face's blocks, norm and head: hidden patches become the mask token, then places are
+    added; an image has none in time.
+    """
+    dim, _, _, patch, _, frames, crop = size
+    config, grid = _config("timesformer", size)
+    ours, model = (scrambled(TimeSformerBEVT(config, 11, grid=grid)) for _ in range(2))
+    kind = "divided_space_time" if stream == "clips" else "space_only"
+    settings = {**_settings(size), "num_labels": 11, "attention_type": kind, "drop_path_rate": 0}
+    theirs: Any = transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**settings)).eval()
+    own = {name: value for name, value in ours.state_dict().items() if name != "mask_token"}
+    absent, extra = theirs.load_state_dict(vit_names.to_hugging_face(own, "timesformer"), strict=False)
+    assert not absent
+    assert all(stream == "images" and ("temporal" in name or "time_embed" in name) for name in extra)
+
+    generator = torch.Generator().manual_seed(2)
+    depth, (_, height, width) = frames if stream == "clips" else 1, grid
+    pixels = torch.randn(2, depth, 3, crop, crop, generator=generator)
+    mask = torch.rand(2, depth, height, width, generator=generator) < 0.5
+    codes = torch.randint(11, mask.shape, generator=generator)
+    encoder: Any = model.encoder
+    embed = encoder.patch_embed.proj
+    x = nn.functional.conv2d(pixels.flatten(0, 1), embed.weight, embed.bias, stride=patch).flatten(2).transpose(1, 2)
+    x = torch.where(mask.view(2 * depth, -1, 1), model.mask_token, x) + encoder.pos_embed[:, 1:]
+    x = x.view(2, depth, -1, dim)
+    if stream == "clips":
+        x = x + encoder.time_embed.unsqueeze(2)
+    first = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
+    places = x.transpose(1, 2).flatten(1, 2)  # theirs have all frames of a place side by side
+    tokens = theirs.timesformer.encoder(torch.cat([first, places], dim=1)).last_hidden_state[:, 1:]
+    logits = theirs.classifier(theirs.timesformer.layernorm(tokens)).view(2, -1, depth, 11).transpose(1, 2)
+    logits = logits.reshape(*mask.shape, 11)[mask]
+    expected = nn.functional.cross_entropy(logits, codes[mask])
+
+    shape = (slice(None), slice(None)) if stream == "clips" else (slice(None), 0)
+    given = pixels.transpose(1, 2) if stream == "clips" else pixels[:, 0]
+    loss, accuracy = ours.stream_loss(stream, MaskedInput(given, mask[shape], codes[shape], mask.numel()))
+    _close(loss, expected, "loss")
+    assert accuracy.item() == pytest.approx((logits.argmax(-1) == codes[mask]).float().mean().item())
+    loss.backward()
+    expected.backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    blocks = vit_names.recognise({**theirs.state_dict(), **grads}).state
+    other = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert other.keys() >= {"mask_token", "encoder.pos_embed", "encoder.patch_embed.proj.weight", "encoder.cls_token"}
+    assert len(got) == len(other) + len(grads)
+    for name, grad in got.items():
+        _close(grad, other[name] if name in other else blocks[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("kind", ["videomae", "timesformer", "vivit_1", "vivit_2", "vivit_3", "vivit_4"])
+def test_xformers_is_asked_in_its_layout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention takes (batch, tokens, heads, channels of a head), as its documentation says: a stand-in of it."""
+
+    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("blhc,bmhc->bhlm", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhlm,bmhc->blhc", scores.softmax(-1), v)
+
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    size = (48, 2, 4, 8, 2, 6, 24)
+    model = scrambled(_ours(kind, size))
+    pixels = _clips(size)
+    expected = model(pixels)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.impl = "xformers"
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)
+    _close(model(pixels), expected, "logits")
+
+
 def _softmax_attention(block: nn.Module, x: Tensor, over: list[list[int]], heads: range) -> Tensor:
     """(L, C) -> (L, len(heads) * C / h), one token and head at a time; i attends to the tokens `over[i]`."""
     attention: Any = block
@@ -300,7 +379,9 @@ def test_the_other_models_of_vivit_by_hand(kind: str) -> None:
 
 
 def test_drop_path_takes_whole_branches() -> None:
-    """Factor 0 leaves the identity of every block; the factors of one clip do not touch another's."""
+    """Factor 0 is a branch that adds nothing (of a TimeSformer over time: nothing but the bias of its last layer, which
+    lies behind it); the factors of one clip do not touch another's.
+    """
     for kind in ("videomae", "timesformer", "vivit_1", "vivit_2", "vivit_3", "vivit_4"):
         size = (16, 2, 2, 8, 2, 4, 16)
         model = scrambled(_ours(kind, size))
@@ -314,7 +395,7 @@ def test_drop_path_takes_whole_branches() -> None:
         _close(dropped[0], model(pixels)[0], kind)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if (".proj." in name and "patch_embed" not in name) or ".fc2." in name or "temporal_fc" in name:
+                if (".proj." in name and "patch_embed" not in name) or ".fc2." in name:
                     p.zero_()  # branches that add nothing
         _close(model(pixels)[1], dropped[1], kind)
 

@@ -81,6 +81,25 @@ def test_places_of_images(image: Source, kind: ViTKind) -> None:
         torch.testing.assert_close(each[0, 1], grid[0, 2], msg="the middle column is a place of the old ones")
 
 
+def test_places_of_an_image_that_are_as_many_as_tokens(image: Source) -> None:
+    """25 places are a frame's, though a grid of 1 x 25 columns over time, or of 5 x 5 x 1, has as many."""
+    places = fitted(image.state, config("vivit_1"), (5, 5, 1))[0]["encoder.pos_embed"]
+    frames = places[0, 1:].view(5, 5, DIM)
+    assert torch.equal(frames[1:], frames[:1].expand(4, -1, -1)), "of each frame the same"
+
+
+def test_places_in_time_of_the_second_model() -> None:
+    """Linearly between their neighbours, the class token's kept."""
+    torch.manual_seed(0)
+    old = ViTClassifier(config("vivit_2"), 3, (2, 2, 3))
+    state = {name: noise(p.shape, i) for i, (name, p) in enumerate(old.state_dict().items())}
+    model = classifier("vivit_2")
+    vit_weights.start(model, Source("two frames", state))
+    token, first, last = state["encoder.temporal.pos_embed"][0]
+    expected = [token, first, 0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last, last]
+    torch.testing.assert_close(model.encoder.temporal.pos_embed[0], torch.stack(expected))
+
+
 def test_equal_places_are_taken_as_they_are() -> None:
     """Of a model of the same grid, whose number of tokens happens to be a square, too."""
     torch.manual_seed(0)

@@ -497,6 +497,8 @@ def _test(argv: list[str]) -> int:
 
     path = Path(rest[0])
     config = default if asks else tested_config(path, default)
+    if not asks and path.is_dir() and any(word.split("=")[0] == "--size" for word in rest):
+        raise ConfigError(f"--size is for a file of somebody's weights: {path} has a size of its own")
     prog = f"bevt test {argv[0]} CHECKPOINT"
     given = _parse(TestArgs, rest if asks else rest[1:], prog, TestArgs(config=config))
     text = score(path, given.config, out=given.out, dump=given.dump, temporal=given.temporal)

@@ -361,7 +361,8 @@ def check_held_out(manifest: Manifest, backend: str, first: int | None = None) -
 
 
 def _refused(bad: list[tuple[str, str]], total: int) -> str:
-    """The message for held-out files that cannot be read, (path, reason) each; it lists the first of them."""
+    """The message for held-out files of `total` that cannot be read, (path, reason) of each view; lists the first."""
+    bad = list(dict.fromkeys(bad))
     listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_LISTED])
     more = f"\n  ... and {len(bad) - MOST_LISTED} more" if len(bad) > MOST_LISTED else ""
     return f"{len(bad)} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"
@@ -497,11 +498,11 @@ def _serve(
     """
     named = set() if named is None else named
     lost: list[tuple[str, str]] = []
-    count = 0
+    asked: set[str] = set()
     with contextlib.closing(backend.decode(plans, Masks(config, masked))) as running:
         for plan, decoded in running:
             bad: list[BadFile] = []
-            count += len(plan.clips) + len(plan.images)
+            asked.update(request.path for request in (*plan.clips, *plan.images))
             if not substitute:
                 lost += [(getattr(plan, name)[row].path, reason) for name, row, reason in decoded.failures]
             if lost:  # go on reading, so that all of them can be named
@@ -531,7 +532,7 @@ def _serve(
                 bad=tuple(bad),
             )
     if lost:
-        raise DataError(_refused(lost, count))
+        raise DataError(_refused(lost, len(asked)))
 
 
 def _seeds(requests: list[Request]) -> Tensor | None:

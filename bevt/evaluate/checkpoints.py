@@ -66,8 +66,10 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
     check(as_if_trained(config))
     if dump:
         require_parquet()
-        if dump.suffix != ".parquet" or (dump.exists() and not dump.is_file()):
+        if dump.suffix != ".parquet":
             raise ConfigError(f"--dump {dump}: name a file that ends in .parquet")
+        if dump.exists():
+            raise ConfigError(f"--dump {dump} exists: name another file, or remove it")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     with joined() as world:

@@ -137,6 +137,16 @@ _OWN = _Names(
 )
 
 
+_NDIM = {
+    "encoder.patch_embed.proj.weight": (4, 5),
+    **dict.fromkeys(
+        ("encoder.cls_token", "encoder.pos_embed", "encoder.time_embed", "encoder.temporal.pos_embed"), (3,)
+    ),
+    "head.weight": (2,),
+}
+"""Dimensions of what may be converted before its shape is compared."""
+
+
 def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     """Find out whose names these are, and take what a classifier has a place for; with `whole` a decoder too.
 
@@ -160,6 +170,8 @@ def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     out = joined(_translated(kept, kind.names, kind.what, back=False))
     if "encoder.patch_embed.proj.weight" not in out:
         raise WeightsError(f"{kind.what}, but without the weight of a patch embedding: {briefly(list(state))}")
+    if bad := [f"{key} {tuple(v.shape)}" for key, v in out.items() if v.ndim not in _NDIM.get(key, (v.ndim,))]:
+        raise WeightsError(f"{kind.what}, but with {briefly(bad)}, which no such model has")
     return Source(kind.what, out, dropped, pixels=ViTConfig(kind=kind.of).pixels if kind.of else None)
 
 
@@ -193,6 +205,9 @@ def joined(state: Mapping[str, Tensor]) -> State:
             parts = [f"{match[1]}.{part}.{match[2]}" for part in ("query", "key", "value")]
             if absent := [part for part in parts if part not in state]:
                 raise WeightsError(f"{key} without {', '.join(absent)}")
+            shapes = [tuple(state[part].shape) for part in parts]
+            if len(set(shapes)) > 1 or not shapes[0]:
+                raise WeightsError(f"{', '.join(parts)} are of shapes {', '.join(map(str, shapes))}")
             out[f"{match[1]}.qkv.{match[2]}"] = torch.cat([out.pop(part) for part in parts])
     return out
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevt.config import Pixels, ViTConfig
+from bevt.config import Pixels, ViTConfig, ViTKind
 from bevt.models import weights
 from bevt.models.classifier import ViTClassifier
 from bevt.models.names import Source, State, WeightsError
@@ -34,16 +34,18 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
     """Start a classifier from `source` (`vit_names.recognise`).
 
     Where the source's kind of model normalises levels otherwise, its patch embedding is changed to read this model's.
-    The head keeps its initial values, but for `head` (a model to be tested), where it is the source's. Raises
-    WeightsError, before anything is written, where that or anything else is absent or of another shape.
+    The head keeps its initial values. With `head`, a model to be tested, all is the source's, as it is. Raises
+    WeightsError, before anything is written, where anything is absent or of another shape.
     """
     config, grid = model.encoder.config, model.encoder.grid
     if head and "head.weight" not in source.state:
         raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
+    missing: list[str] = []
+    unused: list[str] = []
     try:
-        state, missing = fitted(source.state, config, grid)
-        if head:  # what was never trained cannot be tested
-            missing = []
+        state = dict(source.state)
+        if not head:  # what is made anew was never trained, and cannot be tested
+            state, missing, unused = fitted(state, config, grid)
         if source.pixels and source.pixels != config.pixels:
             state |= reading(config.pixels, state, source.pixels)
         if not head:
@@ -53,12 +55,17 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
         left = [] if head else [key for key in state if key.startswith("head.")]
         report = weights.load(model, {k: v for k, v in state.items() if k not in left}, missing=missing)
     except WeightsError as error:
-        raise WeightsError(f"{source.what}: {error}") from error
-    return replace(report, unused=(*left, *source.dropped))
+        way = (
+            "; to be tested, model.kind, data.frames and data.crop must be those that it was trained with"
+            if head
+            else ""
+        )
+        raise WeightsError(f"{source.what}: {error}{way}") from error
+    return replace(report, unused=(*left, *unused, *source.dropped))
 
 
-def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple[State, list[str]]:
-    """`state` as a model of `config` and `grid` has it, and patterns of the names that it may lack.
+def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple[State, list[str], list[str]]:
+    """`state` as a model of `config` and `grid` has it, patterns of the names that it may lack, and what was left out.
 
     - Patch embeddings of images become tubes (`config.inflation`).
     - Positions of images are repeated over time, or stay those of space; of another height and width they are
@@ -72,21 +79,26 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
 
     Raises WeightsError where positions cannot be converted.
     """
-    out, missing = dict(state), []
+    out = dict(state)
+    missing: list[str] = []
+    unused: list[str] = []
     kind, (depth, height, width) = config.kind, grid
     embed = out.get("encoder.patch_embed.proj.weight")
     planar = (embed is not None and embed.ndim == 4) or "encoder.spatial_norm.weight" in out  # places are of a frame
     if embed is not None and embed.ndim == 4 and kind != "timesformer":
         out["encoder.patch_embed.proj.weight"] = inflated(embed, config)
     if kind.startswith("vivit") and "encoder.time_embed" in out:
-        out = _without_divided(out, config, depth)
+        out, unused = _without_divided(out, config, depth)
     classed = "encoder.cls_token" in out
     if classed and kind not in CLASS_TOKEN:
         del out["encoder.cls_token"]
+        unused.append("encoder.cls_token")
     times = out.pop("encoder.time_embed", None) if kind.startswith("vivit") else None
+    if times is not None and kind == "vivit_2":
+        unused.append("encoder.time_embed")
     if POSITIONS in out and kind != "videomae":
         places = (1 if kind in ("timesformer", "vivit_2") else depth, height, width)
-        out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind in CLASS_TOKEN, planar)
+        out[POSITIONS] = _positions(out[POSITIONS], places, classed, kind, planar)
         if times is not None and kind != "vivit_2":
             later = times.repeat_interleave(height * width, dim=1)
             out[POSITIONS] = out[POSITIONS] + F.pad(later, (0, 0, int(kind in CLASS_TOKEN), 0))
@@ -108,22 +120,30 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
                 out[key.replace(f".{part}.", f".temporal_{part}.")] = out[key].clone()
         kept = {"attn", "norm1", "fc"} - set(copied)
         missing += [rf"encoder\.blocks\.\d+\.temporal_{part}\..*" for part in sorted(kept)]
-    return out, missing
+    return out, missing, unused
 
 
-def _without_divided(state: State, config: ViTConfig, depth: int) -> State:
-    """A `timesformer`'s for a ViViT: attention over time as its third model has it, or none; `depth` times."""
-    out = dict(state)
+def _without_divided(state: State, config: ViTConfig, depth: int) -> tuple[State, list[str]]:
+    """A `timesformer`'s for a ViViT: attention over time as its third model has it, or none; `depth` times. And what is
+    left out.
+    """
+    out, unused = dict(state), []
     out["encoder.time_embed"] = _times(out["encoder.time_embed"], depth)
     for key in [key for key in state if ".temporal_" in key]:
         value = out.pop(key)
+        if config.kind != "vivit_3":
+            unused.append(key)
         if config.kind != "vivit_3" or ".temporal_fc." in key:
             continue
         if match := re.fullmatch(r"(.*)\.temporal_attn\.proj\.(weight|bias)", key):
             last = state[f"{match[1]}.temporal_fc.weight"]
+            if last.shape[-1:] != value.shape[:1]:
+                raise WeightsError(
+                    f"{key} is {tuple(value.shape)}, and {match[1]}.temporal_fc.weight {tuple(last.shape)}"
+                )
             value = last @ value + (state[f"{match[1]}.temporal_fc.bias"] if match[2] == "bias" else 0)
         out[key] = value
-    return out
+    return out, unused
 
 
 def _times(times: Tensor, depth: int, mode: str = "nearest") -> Tensor:
@@ -156,19 +176,19 @@ def reading(pixels: Pixels, state: Mapping[str, Tensor], before: Pixels) -> Stat
     }
 
 
-def _positions(places: Tensor, grid: Size3, classed: bool, wanted: bool, planar: bool) -> Tensor:
-    """(1, [1 +] n, C) for `grid`, with a class token's in front where one is `wanted`; `planar`: they are a frame's."""
-    depth, height, width = grid
+def _positions(places: Tensor, grid: Size3, classed: bool, kind: ViTKind, planar: bool) -> Tensor:
+    """(1, [1 +] n, C) for `grid`, with a class token's in front where `kind` has one; `planar`: they are a frame's."""
+    (depth, height, width), wanted = grid, kind in CLASS_TOKEN
     first, rest = places[:, : int(classed)], places[:, int(classed) :]
     if wanted and not classed:
-        raise WeightsError(f"{POSITIONS} has no place for a class token, which this model has")
+        raise WeightsError(f"{POSITIONS} has no place for a class token, which a {kind!r} has")
     if (planar and depth > 1) or rest.shape[1] != depth * height * width:
         side = math.isqrt(rest.shape[1])
         if not planar or (rest.shape[1] != height * width and side * side != rest.shape[1]):
             raise WeightsError(
                 f"{POSITIONS} has {rest.shape[1]} places, which is neither {depth} x {height} x {width} nor the square "
-                "of an image model: data.frames, data.crop, model.tubelet and model.patch must be those that it was "
-                "trained with"
+                "of an image model: model.kind, data.frames, data.crop, model.tubelet and model.patch must be those "
+                "that it was trained with"
             )
         if rest.shape[1] != height * width:
             image = rest.unflatten(1, (side, side)).movedim(-1, 1).float()

@@ -89,7 +89,8 @@ def load(
 ) -> Report:
     """Copy `state` into `model`. `missing` and `unused` are regular expressions (full match) for expected leftovers.
 
-    Raises WeightsError, before anything is written, for any other missing or unused key and for every other shape.
+    Raises WeightsError, before anything is written, for any other missing or unused key, for every other shape, and for
+    numbers that are not finite.
     """
     own = dict(model.state_dict())
     absent = [k for k in own if k not in state]
@@ -105,8 +106,12 @@ def load(
         if k in state and state[k].shape != v.shape
     ]:
         problems.append(f"of another shape: {briefly(bad)}")
+    if bad := [k for k, v in own.items() if k in state and v.is_floating_point() != state[k].is_floating_point()]:
+        problems.append(f"of another type: {briefly([f'{k} {state[k].dtype}' for k in bad])}")
     if problems:
         raise WeightsError(f"these weights are not of this {type(model).__name__}; " + "; ".join(problems))
+    if bad := [k for k in own if k in state and not state[k].isfinite().all()]:
+        raise WeightsError(f"these weights are not finite, of a run that has diverged, or damaged: {briefly(bad)}")
     with torch.no_grad():
         for key, value in own.items():
             if key in state:

@@ -299,12 +299,14 @@ def _open(path: Path, *, whole: bool = False) -> tuple[dict[str, Any], Metadata]
         raise CheckpointError(f"no checkpoint at {path}")
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no checkpoint: it is a file and not a folder (single files, format 1, are no longer read)"
+            f"{path} is no checkpoint: it is a file and not a folder (of files of weights `bevt test` and --init know)"
         )
     for name in (STATE, METADATA):
         if not (path / name).is_file():
             last = path / "checkpoints" / "last"
             hint = f"; {last} is one" if last.exists() else ""
+            if (path / "model.safetensors").exists():
+                hint = f"; its model.safetensors is a file of weights: {path / 'model.safetensors'}"
             raise CheckpointError(f"{path} is no checkpoint, or was cut short: it has no file {name}{hint}")
     try:
         state = json.loads((path / STATE).read_text())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bevt.config import (
@@ -53,19 +55,31 @@ def export(path: Path, whose: Names, out: Path) -> str:
         raise ConfigError(f"{path} is of probes on a frozen encoder, which other people's code has no names for")
     if out.exists():
         raise RunError(f"--out {out} exists: name another one")
-    try:
-        if whose == "hugging_face":
-            tensors, about = _hugging_face(state, config, classes)
-            out.mkdir(parents=True)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, out / "model.safetensors")
-            (out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-            return f"{out}: model.safetensors and config.json of {about['architectures'][0]}, {len(tensors)} tensors"
+    if whose == "hugging_face":
+        tensors, about = _hugging_face(state, config, classes)
+        what = f"model.safetensors and config.json of {about['architectures'][0]}, "
+
+        def write(part: Path) -> None:
+            part.mkdir()
+            save_file({key: value.contiguous() for key, value in tensors.items()}, part / "model.safetensors")
+            (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    else:
         held, tensors = (_torchvision if whose == "torchvision" else _original)(state, config)
+        what = ""
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                torch.save(held, file)
+
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(held, out)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be written: {error.strerror}") from error
-    return f"{out}: {len(tensors)} tensors"
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:  # whole or not at all
+            write(Path(folder) / "part")
+            (Path(folder) / "part").rename(out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' of a full disk
+        why = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        raise RunError(f"--out {out} cannot be written: {why}") from error
+    return f"{out}: {what}{len(tensors)} tensors"
 
 
 def _config(saved: dict[str, Any]) -> AnyConfig:

@@ -215,6 +215,8 @@ def initialise(model: Classifier, config: FinetuneConfig) -> str:
     Raises CheckpointError for a folder that is no checkpoint and WeightsError for weights that do not fit.
     """
     path = Path(config.init)
+    if not path.exists():
+        raise weights.WeightsError(f"--init {path}: there is no such checkpoint and no such file of weights")
     source = read_weights(path, config.model)
     try:
         return f"{source.what}: {_start(model, source, config)}"
@@ -294,7 +296,9 @@ def own_config(path: Path) -> FinetuneConfig:
 def _of_classes(path: Path, saved: dict[str, Any]) -> None:
     """Raise CheckpointError where the checkpoint is not of a `Finetuning`."""
     if "classes" not in saved:
+        kind = saved["config"]["model"].get("kind")
+        recipe = f"{kind}_k400" if kind else "k400"
         raise checkpoint.CheckpointError(
             f"{path} is a checkpoint of pretraining ({saved['config'].get('recipe')!r}), which knows no classes: "
-            f"finetune it first, as in `bevt finetune k400 --init {path}`"
+            f"finetune it first, as in `bevt finetune {recipe} --init {path}`"
         )

@@ -186,7 +186,7 @@ def _from_timesformer(model: TimeSformerBEVT, state: dict[str, Tensor]) -> weigh
     """Of images for clips: what attends over time starts as TimeSformer's does from an image model."""
     unused: list[str] = []
     if "clips" in model.streams:
-        state, missing = fitted(state, model.encoder.config, model.encoder.grid)
+        state, missing, _ = fitted(state, model.encoder.config, model.encoder.grid)
     else:
         missing, unused = [], [r"encoder\.time_embed", r"encoder\.blocks\.\d+\.temporal_.*"]
     return weights.load(model, state, missing=missing, unused=unused)

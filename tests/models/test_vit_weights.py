@@ -65,10 +65,10 @@ def test_places_of_images(image: Source, kind: ViTKind) -> None:
     """Interpolated with corners on corners; repeated over time where each token has one of its own."""
     model = classifier(kind)
     report = vit_weights.start(model, image)
-    assert set(report.unused) == {"head.weight", "head.bias"}
+    classed = kind in ("vivit_1", "vivit_2", "timesformer")
+    assert set(report.unused) == {"head.weight", "head.bias"} | (set() if classed else {"encoder.cls_token"})
     old = image.state["encoder.pos_embed"]
     got = model.encoder.pos_embed
-    classed = kind in ("vivit_1", "vivit_2", "timesformer")
     if classed:
         assert torch.equal(got[:, 0], old[:, 0])
         assert torch.equal(model.encoder.cls_token, image.state["encoder.cls_token"])
@@ -155,9 +155,9 @@ def test_a_timesformer_starts_the_third_model_as_what_it_is() -> None:
     weights.load(old, {name.removeprefix("encoder."): value for name, value in state.items()})
     wanted = config("vivit_3", tubelet=1)
     new = VideoTransformer(wanted, GRID)
-    out, missing = fitted(state, wanted, GRID)
+    out, missing, unused = fitted(state, wanted, GRID)
     out["encoder.patch_embed.proj.weight"] = state["encoder.patch_embed.proj.weight"].unsqueeze(2)
-    assert missing == []
+    assert (missing, unused) == ([], ["encoder.cls_token"])
     weights.load(new, {name.removeprefix("encoder."): value for name, value in out.items()})
     clip = noise(torch.Size([2, 3, 4, 16, 24]), 7)
     torch.testing.assert_close(new.patch_embed(new.patches(clip)), old.patch_embed(old.patches(clip)))
@@ -181,6 +181,52 @@ def test_a_timesformer_starts_the_others_without_its_time(kind: ViTKind) -> None
     torch.testing.assert_close(got, places if kind == "vivit_2" else (times[:, None] + places).flatten(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("of", "wanted"), [("vivit_1", "vivit_4"), ("timesformer", "vivit_1"), ("timesformer", "vivit_3")]
+)
+def test_what_is_tested_is_what_was_trained(of: ViTKind, wanted: ViTKind) -> None:
+    """Another kind starts from it, and says what it leaves out; to be tested as one it is refused."""
+    source = Source("weights", dict(classifier(of).state_dict()))
+    report = vit_weights.start(classifier(wanted), source)
+    left = {name for name in source.state if name not in report.loaded} - {"encoder.time_embed"}
+    if wanted == "vivit_3":  # its last layer over time is part of the projection before it
+        assert set(report.unused) == {"encoder.cls_token", "head.weight", "head.bias"}
+    else:
+        assert left <= set(report.unused)
+    with pytest.raises(WeightsError, match=r"to be tested, model\.kind, data\.frames and data\.crop must be those"):
+        vit_weights.start(classifier(wanted), source, head=True)
+
+
+def test_other_times_are_not_tested() -> None:
+    longer = ViTClassifier(config("timesformer"), 3, (8, 2, 3))
+    with pytest.raises(WeightsError, match=r"encoder\.time_embed \(1, 8, 16\) for \(1, 4, 16\)"):
+        vit_weights.start(classifier("timesformer"), Source("weights", dict(longer.state_dict())), head=True)
+
+
+def test_numbers_that_no_model_can_have() -> None:
+    state = dict(classifier("vivit_1").state_dict())
+    poisoned = {**state, "norm.bias": state["norm.bias"] / 0}
+    with pytest.raises(WeightsError, match=r"not finite, of a run that has diverged, or damaged: norm\.bias"):
+        weights.load(classifier("vivit_1"), poisoned)
+    with pytest.raises(WeightsError, match=r"of another type: norm\.bias torch\.int32"):
+        weights.load(classifier("vivit_1"), {**state, "norm.bias": state["norm.bias"].int()})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("vivit.encoder.layer.0.attention.attention.query.weight", (16, 15), r"are of shapes \(16, 15\), \(16, 16\)"),
+        ("classifier.weight", (), r"head\.weight \(\), which no such model has"),
+        ("vivit.embeddings.position_embeddings", (25, 16), r"encoder\.pos_embed \(25, 16\), which no such model has"),
+    ],
+)
+def test_shapes_that_no_model_can_have(name: str, shape: tuple[int, ...], message: str) -> None:
+    published = vit_names.to_hugging_face(classifier("vivit_1").state_dict(), "vivit")
+    assert name in published
+    with pytest.raises(WeightsError, match=message):
+        vit_names.recognise({**published, name: torch.zeros(shape)})
+
+
 def test_what_does_not_fit(image: Source) -> None:
     before = {name: value.clone() for name, value in classifier("vivit_1").state_dict().items()}
     model = classifier("vivit_1")
@@ -192,7 +238,7 @@ def test_what_does_not_fit(image: Source) -> None:
         with pytest.raises(WeightsError, match=f"an image model: .*{message}"):
             vit_weights.start(model, Source("an image model", {**image.state, **change}))
     without = {name: value for name, value in image.state.items() if name != "encoder.cls_token"}
-    with pytest.raises(WeightsError, match="has no place for a class token, which this model has"):
+    with pytest.raises(WeightsError, match="has no place for a class token, which a 'vivit_1' has"):
         vit_weights.start(model, Source("an image model", without))
     for kind in ("vivit_2", "vivit_3", "timesformer"):
         with pytest.raises(WeightsError, match=r"missing: .*tempor"):  # nothing over time was trained

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bevt_kernels import Spec
 from bevt_kernels.baselines.common import compile_reasons
+from safetensors import SafetensorError
 from tiny import TORCHRUN, changed, command, figures, output, train_rows
 
 from benchmarks.foreign import torchvision_schemas
@@ -436,6 +437,44 @@ def test_two_cuts_of_a_file(systems: dict[str, AnyConfig]) -> None:
     files = dict(zip(one.clip_seeds.tolist(), (name.split("@")[0] for name in one.clip_ids)))
     pairs = np.array([files[seed] for seed in seen[0].tolist()]).reshape(-1, 2)
     assert (pairs[:, 0] != pairs[:, 1]).all()
+
+
+@pytest.mark.parametrize("whose", ["original", "hugging_face"])
+def test_an_export_is_whole_or_not_there(
+    whose: Any, finished_systems: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a full disk: half of it is written, then torch and safetensors raise errors of their own."""
+
+    def failing(what: Any, where: Any) -> None:
+        if isinstance(where, Path):
+            where.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+        where.write(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("bevt.train.export.torch.save", failing)
+    monkeypatch.setattr("bevt.train.export.save_file", failing)
+    with pytest.raises(RunError, match=r"out cannot be written: (I/O error: No space left|unexpected pos)"):
+        export(finished_systems["videomae"] / "checkpoints" / "last", whose, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_test_takes_a_checkpoint_as_it_is(
+    finished_systems: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No size of somebody else's, no dump over an older one; pretraining names the recipe that goes on."""
+    own = str(finished_systems["vivit_1"] / "checkpoints" / "last")
+    (tmp_path / "out.parquet").touch()
+    pretrained = str(finished_systems["videomae"] / "checkpoints" / "last")
+    for words, message in (
+        ([own, "--size", "base"], "--size is for a file of somebody's weights"),
+        ([own, "--dump", str(tmp_path / "out.parquet")], "out.parquet exists: name another file, or remove it"),
+        ([pretrained], f"bevt finetune videomae_k400 --init {pretrained}"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["test", "vivit_k400", *words])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

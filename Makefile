@@ -23,7 +23,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*.cpp k
 demo: $(READY)
 	$(BIN)/bevt demo
 
-# Two hours on two cores; what is finished is kept, so that it can be stopped.
+# Two to three hours on two cores; what is finished is kept, so that it can be stopped.
 replicate: $(READY)
 	$(BIN)/bevt replicate
 

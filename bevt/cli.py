@@ -57,7 +57,7 @@ USAGE = """usage: bevt COMMAND ...
   finetune RECIPE         learn classes, from pretrained weights; or train probes on frozen ones
   test RECIPE CHECKPOINT  classify held-out files by several views each: scores, classes, confusion
   predict VIDEO           what a finetuned model takes a file for, with a picture
-  replicate               the paper's comparisons at a small scale, with a report, in two hours on two CPU cores
+  replicate               the paper's comparisons at a small scale, with a report: three hours on two CPU cores
   export CHECKPOINT       a checkpoint's weights by the names of the original code, Hugging Face or torchvision
   contrast RECIPE         the paper's baseline without labels and masks, on images
   slurm RECIPE            any of these trainings as a job of a Slurm cluster: many machines, requeued until finished

@@ -175,7 +175,7 @@ def timesformer_demo_finetune() -> FinetuneConfig:
 
     Command: bevt finetune timesformer_demo_finetune --init runs/timesformer_demo_joint/checkpoints/last --out
     runs/timesformer_demo_finetune
-    Result: 30 % of held-out clips, chance 11 % (LOG.md, 2026-11-28).
+    Result: replication/README.md.
     """
     base = vivit_demo()
     return replace(

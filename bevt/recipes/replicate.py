@@ -1,4 +1,4 @@
-"""The paper's experiments at a size that two CPU cores finish in two hours, on the embedded dataset (`bevt replicate`).
+"""The paper's experiments at a size that two CPU cores finish in three hours, on the embedded data (`bevt replicate`).
 
 Clips of 8 frames and stills, 64x64: a 4x4x4 grid of positions; the encoder has four stages of two blocks.
 """

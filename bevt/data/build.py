@@ -502,8 +502,8 @@ def _serve(
     with contextlib.closing(backend.decode(plans, Masks(config, masked))) as running:
         for plan, decoded in running:
             bad: list[BadFile] = []
-            asked.update(request.path for request in (*plan.clips, *plan.images))
             if not substitute:
+                asked.update(request.path for request in (*plan.clips, *plan.images))
                 lost += [(getattr(plan, name)[row].path, reason) for name, row, reason in decoded.failures]
             if lost:  # go on reading, so that all of them can be named
                 continue

@@ -170,7 +170,7 @@ def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     out = joined(_translated(kept, kind.names, kind.what, back=False))
     if "encoder.patch_embed.proj.weight" not in out:
         raise WeightsError(f"{kind.what}, but without the weight of a patch embedding: {briefly(list(state))}")
-    if bad := [f"{key} {tuple(v.shape)}" for key, v in out.items() if v.ndim not in _NDIM.get(key, (v.ndim,))]:
+    if bad := [f"{key} {tuple(out[key].shape)}" for key, n in _NDIM.items() if key in out and out[key].ndim not in n]:
         raise WeightsError(f"{kind.what}, but with {briefly(bad)}, which no such model has")
     return Source(kind.what, out, dropped, pixels=ViTConfig(kind=kind.of).pixels if kind.of else None)
 

@@ -40,28 +40,26 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
     config, grid = model.encoder.config, model.encoder.grid
     if head and "head.weight" not in source.state:
         raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
+    state, way = dict(source.state), ""
     missing: list[str] = []
     unused: list[str] = []
     try:
-        state = dict(source.state)
-        if not head:  # what is made anew was never trained, and cannot be tested
+        if head:
+            way = "; to be tested, model.kind, data.frames and data.crop must be those that it was trained with"
+        else:  # what is made anew was never trained, and cannot be tested
             state, missing, unused = fitted(state, config, grid)
-        if source.pixels and source.pixels != config.pixels:
-            state |= reading(config.pixels, state, source.pixels)
-        if not head:
             missing += [r"head\..*"]
             if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
                 missing += [r"norm\..*"]
-        left = [] if head else [key for key in state if key.startswith("head.")]
-        report = weights.load(model, {k: v for k, v in state.items() if k not in left}, missing=missing)
+            left = [key for key in state if key.startswith("head.")]
+            unused = [*left, *unused]
+            state = {key: value for key, value in state.items() if key not in left}
+        if source.pixels and source.pixels != config.pixels:
+            state |= reading(config.pixels, state, source.pixels)
+        report = weights.load(model, state, missing=missing)
     except WeightsError as error:
-        way = (
-            "; to be tested, model.kind, data.frames and data.crop must be those that it was trained with"
-            if head
-            else ""
-        )
         raise WeightsError(f"{source.what}: {error}{way}") from error
-    return replace(report, unused=(*left, *unused, *source.dropped))
+    return replace(report, unused=(*unused, *source.dropped))
 
 
 def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple[State, list[str], list[str]]:
@@ -133,7 +131,8 @@ def _without_divided(state: State, config: ViTConfig, depth: int) -> tuple[State
         value = out.pop(key)
         if config.kind != "vivit_3":
             unused.append(key)
-        if config.kind != "vivit_3" or ".temporal_fc." in key:
+            continue
+        if ".temporal_fc." in key:
             continue
         if match := re.fullmatch(r"(.*)\.temporal_attn\.proj\.(weight|bias)", key):
             last = state[f"{match[1]}.temporal_fc.weight"]

@@ -93,6 +93,7 @@ def load(
     numbers that are not finite.
     """
     own = dict(model.state_dict())
+    shared = [k for k in own if k in state]
     absent = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     problems = []
@@ -101,22 +102,19 @@ def load(
     if bad := [k for k in extra if not matches(k, unused)]:
         problems.append(f"left over: {briefly(bad)}")
     if bad := [
-        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
+        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in shared if state[k].shape != own[k].shape
     ]:
         problems.append(f"of another shape: {briefly(bad)}")
-    if bad := [k for k, v in own.items() if k in state and v.is_floating_point() != state[k].is_floating_point()]:
-        problems.append(f"of another type: {briefly([f'{k} {state[k].dtype}' for k in bad])}")
+    if bad := [f"{k} {state[k].dtype}" for k in shared if state[k].is_floating_point() != own[k].is_floating_point()]:
+        problems.append(f"of another type: {briefly(bad)}")
     if problems:
         raise WeightsError(f"these weights are not of this {type(model).__name__}; " + "; ".join(problems))
-    if bad := [k for k in own if k in state and not state[k].isfinite().all()]:
+    if bad := [k for k in shared if not state[k].isfinite().all()]:
         raise WeightsError(f"these weights are not finite, of a run that has diverged, or damaged: {briefly(bad)}")
     with torch.no_grad():
-        for key, value in own.items():
-            if key in state:
-                value.copy_(state[key])
-    return Report(tuple(k for k in own if k in state), tuple(absent), tuple(extra))
+        for key in shared:
+            own[key].copy_(state[key])
+    return Report(tuple(shared), tuple(absent), tuple(extra))
 
 
 def start(

@@ -265,9 +265,8 @@ def test_masked_tokens_of_a_timesformer(stream: Stream, size: tuple[int, ...]) -
     logits = logits.reshape(*mask.shape, 11)[mask]
     expected = nn.functional.cross_entropy(logits, codes[mask])
 
-    shape = (slice(None), slice(None)) if stream == "clips" else (slice(None), 0)
-    given = pixels.transpose(1, 2) if stream == "clips" else pixels[:, 0]
-    loss, accuracy = ours.stream_loss(stream, MaskedInput(given, mask[shape], codes[shape], mask.numel()))
+    given = (pixels.transpose(1, 2), mask, codes) if stream == "clips" else (pixels[:, 0], mask[:, 0], codes[:, 0])
+    loss, accuracy = ours.stream_loss(stream, MaskedInput(*given, slots=mask.numel()))
     _close(loss, expected, "loss")
     assert accuracy.item() == pytest.approx((logits.argmax(-1) == codes[mask]).float().mean().item())
     loss.backward()

@@ -82,7 +82,7 @@ def test_places_of_images(image: Source, kind: ViTKind) -> None:
 
 
 def test_places_of_an_image_that_are_as_many_as_tokens(image: Source) -> None:
-    """25 places are a frame's, though a grid of 1 x 25 columns over time, or of 5 x 5 x 1, has as many."""
+    """25 places are a frame's, though a grid of 5 x 5 x 1 has as many."""
     places = fitted(image.state, config("vivit_1"), (5, 5, 1))[0]["encoder.pos_embed"]
     frames = places[0, 1:].view(5, 5, DIM)
     assert torch.equal(frames[1:], frames[:1].expand(4, -1, -1)), "of each frame the same"
@@ -192,7 +192,7 @@ def test_what_is_tested_is_what_was_trained(of: ViTKind, wanted: ViTKind) -> Non
     if wanted == "vivit_3":  # its last layer over time is part of the projection before it
         assert set(report.unused) == {"encoder.cls_token", "head.weight", "head.bias"}
     else:
-        assert left <= set(report.unused)
+        assert set(report.unused) == left
     with pytest.raises(WeightsError, match=r"to be tested, model\.kind, data\.frames and data\.crop must be those"):
         vit_weights.start(classifier(wanted), source, head=True)
 

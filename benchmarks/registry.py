@@ -312,11 +312,11 @@ PARTS = {
         Part("window_attention", "memory", 75),
         Part("videomae_step", "base", 60),
         Part("timesformer_step", "base", 120),
-        Part("vivit_step", "base", 240),
         Part("train_step", "swin-t vq", 85),
         Part("tokenizer", "", 50),
         Part("data", "", 65),
         Part("video_swin_step", "scaling", 265),
+        Part("vivit_step", "base", 1000),
     ),
     "cuda": (
         Part("masked_linear_cross_entropy", "swin-b", 22),

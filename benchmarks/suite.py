@@ -2,9 +2,9 @@
 
 Works from the source tree without installing. Each part is a process of its own, so that a fault in one leaves the
 others; its rows are in benchmarks/results, and in the folder $OUT where that is set, as soon as a case is done. It ends
-after ten minutes; begun again, it measures what has no rows of this code, machine and versions yet, or
-with `--again` all. What rests on a test that is red is not measured. `--dry-run` lists the parts and compiles every
-Triton kernel for every architecture.
+after ten minutes, or what the longest part named with `--part` needs; begun again, it measures what has no rows of this
+code, machine and versions yet, or with `--again` all. What rests on a test that is red is not measured. `--dry-run`
+lists the parts and compiles every Triton kernel for every architecture.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", action="append", default=[], help="a part, or all of an op; may be repeated")
     parser.add_argument("--again", action="store_true", help="what has rows already too")
     parser.add_argument("--dry-run", action="store_true", help="list the parts, compile the kernels, measure nothing")
-    parser.add_argument("--time-limit", type=seconds, help=f"seconds; default: {SECONDS}")
+    parser.add_argument("--time-limit", type=seconds, help=f"seconds; default: {SECONDS}, or what a named part needs")
     args = parser.parse_args(arguments)
     parts = [part for part in PARTS[args.device] if not args.part or {part.name, part.op}.intersection(args.part)]
     for wanted in args.part:
@@ -94,12 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing is measured: {why}", file=sys.stderr)
         return 2
     outcomes: list[tuple[Part, str]] = []
+    limit = args.time_limit or SECONDS[args.device]
+    if args.part and not args.time_limit:  # as its row's command names it
+        limit = max(limit, TESTS[args.device] + 2 * max(part.seconds for part in parts))
     start = time.monotonic()
     if out := os.environ.get("OUT"):
         os.environ["OUT"] = os.path.abspath(out)  # parts run in another folder
     try:
         with terminable():
-            code = measure(args.device, parts, args.again, args.time_limit or SECONDS[args.device], outcomes)
+            code = measure(args.device, parts, args.again, limit, outcomes)
     except KeyboardInterrupt:
         code = 130
     print(f"\n{'part':50}outcome")
@@ -122,6 +125,8 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
         print(f"\n== {part.name} ({i + 1} of {len(parts)}, {begun - start:.0f} s in)", flush=True)
         if red.intersection(_tests(part.op)):
             outcome = "not measured: its tests are red"
+        elif part.seconds > seconds:
+            outcome = f"not measured: it takes {part.seconds:.0f} s: name it with --part"
         elif left < pace * part.seconds:
             outcome = f"not measured: {OVER}"
         elif part.op in COMMANDS and not again and _has_rows(part.op):

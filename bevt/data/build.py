@@ -357,12 +357,15 @@ def check_held_out(manifest: Manifest, backend: str, first: int | None = None) -
         if problem is not None:
             bad.append((manifest.locate(entry), problem[1]))
     if bad:
-        raise DataError(_refused(bad, len(manifest.entries)))
+        raise DataError(_refused(bad, len({entry.path for entry in manifest.entries})))
 
 
 def _refused(bad: list[tuple[str, str]], total: int) -> str:
     """The message for held-out files of `total` that cannot be read, (path, reason) of each view; lists the first."""
-    bad = list(dict.fromkeys(bad))
+    reasons: dict[str, str] = {}
+    for path, reason in bad:
+        reasons.setdefault(path, reason)
+    bad = list(reasons.items())
     listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:MOST_LISTED])
     more = f"\n  ... and {len(bad) - MOST_LISTED} more" if len(bad) > MOST_LISTED else ""
     return f"{len(bad)} of {total} files cannot be read; {NEVER_REPLACED}:{listed}{more}"

@@ -68,8 +68,10 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
         require_parquet()
         if dump.suffix != ".parquet":
             raise ConfigError(f"--dump {dump}: name a file that ends in .parquet")
-        if dump.exists():
-            raise ConfigError(f"--dump {dump} exists: name another file, or remove it")
+        _, *others = (ORDERS if temporal else config.head.names) or [""]
+        for each in (dump, *(_beside(dump, name) for name in others)):
+            if each.exists():
+                raise ConfigError(f"--dump {dump}: {each} exists: name another file, or remove it")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     with joined() as world:
@@ -105,8 +107,13 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
     text = report(named, out)
     for i, (name, predictions) in enumerate(named.items()):
         if dump:
-            predictions.save(dump.with_name(f"{dump.stem}.{name}{dump.suffix}") if i else dump)
+            predictions.save(_beside(dump, name) if i else dump)
     return text
+
+
+def _beside(dump: Path, name: str) -> Path:
+    """Where the predictions of a further head or order of frames go."""
+    return dump.with_name(f"{dump.stem}.{name}{dump.suffix}")
 
 
 def _writable(folder: Path) -> None:

@@ -137,14 +137,24 @@ _OWN = _Names(
 )
 
 
-_NDIM = {
-    "encoder.patch_embed.proj.weight": (4, 5),
-    **dict.fromkeys(
-        ("encoder.cls_token", "encoder.pos_embed", "encoder.time_embed", "encoder.temporal.pos_embed"), (3,)
-    ),
-    "head.weight": (2,),
-}
-"""Dimensions of what may be converted before its shape is compared."""
+def _impossible(state: State) -> list[str]:
+    """What no model has, among that which may be converted before shapes are compared."""
+    patches, bias = (state.get(f"encoder.patch_embed.proj.{name}") for name in ("weight", "bias"))
+    assert patches is not None
+    if patches.ndim not in (4, 5) or patches.shape[1] != 3 or 0 in patches.shape:
+        return [f"encoder.patch_embed.proj.weight {tuple(patches.shape)}"]
+    if bias is None or bias.shape != patches.shape[:1]:
+        return [f"encoder.patch_embed.proj.bias {'absent' if bias is None else tuple(bias.shape)}"]
+    token = int("encoder.cls_token" in state)
+    least = {"cls_token": 1, "pos_embed": 1 + token, "time_embed": 1, "temporal.pos_embed": 2}
+    bad = []
+    for name, places in least.items():
+        value = state.get(f"encoder.{name}")
+        if value is not None and (value.ndim != 3 or value.shape[::2] != (1, len(patches)) or value.shape[1] < places):
+            bad.append(f"encoder.{name} {tuple(value.shape)}")
+    if "head.weight" in state and state["head.weight"].ndim != 2:
+        bad.append(f"head.weight {tuple(state['head.weight'].shape)}")
+    return bad
 
 
 def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
@@ -170,7 +180,7 @@ def recognise(state: Mapping[str, Tensor], *, whole: bool = False) -> Source:
     out = joined(_translated(kept, kind.names, kind.what, back=False))
     if "encoder.patch_embed.proj.weight" not in out:
         raise WeightsError(f"{kind.what}, but without the weight of a patch embedding: {briefly(list(state))}")
-    if bad := [f"{key} {tuple(out[key].shape)}" for key, n in _NDIM.items() if key in out and out[key].ndim not in n]:
+    if bad := _impossible(out):
         raise WeightsError(f"{kind.what}, but with {briefly(bad)}, which no such model has")
     return Source(kind.what, out, dropped, pixels=ViTConfig(kind=kind.of).pixels if kind.of else None)
 

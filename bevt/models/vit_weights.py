@@ -3,7 +3,7 @@
 What an image model lacks starts as its family's code has it (scenic `model_utils.py`, TimeSformer `models/helpers.py`)
 but for three things: `vivit_2` takes the image model's class token, which scenic draws anew; positions of a
 `timesformer` are interpolated between their rows and columns, where its code takes the nearest of one flat list; and
-`vivit_3` may start with nothing over time, as ViViT's paper has it (section 3.4) and scenic does not
+`vivit_3` may start with nothing over time, as ViViT's paper has it (section 3.4), where scenic copies by default
 (`config.temporal_init`).
 """
 
@@ -26,6 +26,11 @@ from bevt.models.vit import CLASS_TOKEN, Size3
 
 POSITIONS = "encoder.pos_embed"
 
+AS_TRAINED = (
+    "to be tested, --size and model.kind, patch and tubelet, data.frames and data.crop must be those that it was "
+    "trained with"
+)
+
 LATER = "encoder.temporal.pos_embed"
 """Places in time of ViViT's second model, a class token's first."""
 
@@ -34,19 +39,18 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
     """Start a classifier from `source` (`vit_names.recognise`).
 
     Where the source's kind of model normalises levels otherwise, its patch embedding is changed to read this model's.
-    The head keeps its initial values. With `head`, a model to be tested, all is the source's, as it is. Raises
-    WeightsError, before anything is written, where anything is absent or of another shape.
+    The head keeps its initial values. With `head`, a model to be tested, all is the source's, as it is (of a `videomae`
+    positions are no weights, so that nothing tells whether its grid was another). Raises WeightsError, before anything
+    is written, where anything is absent or of another shape.
     """
     config, grid = model.encoder.config, model.encoder.grid
     if head and "head.weight" not in source.state:
         raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
-    state, way = dict(source.state), ""
+    state = dict(source.state)
     missing: list[str] = []
     unused: list[str] = []
     try:
-        if head:
-            way = "; to be tested, model.kind, data.frames and data.crop must be those that it was trained with"
-        else:  # what is made anew was never trained, and cannot be tested
+        if not head:  # what is made anew was never trained, and cannot be tested
             state, missing, unused = fitted(state, config, grid)
             missing += [r"head\..*"]
             if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
@@ -58,7 +62,10 @@ def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weight
             state |= reading(config.pixels, state, source.pixels)
         report = weights.load(model, state, missing=missing)
     except WeightsError as error:
-        raise WeightsError(f"{source.what}: {error}{way}") from error
+        wrong = head and any(
+            name not in state or state[name].shape != value.shape for name, value in model.state_dict().items()
+        )
+        raise WeightsError(f"{source.what}: {error}{'; ' + AS_TRAINED if wrong else ''}") from error
     return replace(report, unused=(*unused, *source.dropped))
 
 
@@ -68,7 +75,7 @@ def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple
     - Patch embeddings of images become tubes (`config.inflation`).
     - Positions of images are repeated over time, or stay those of space; of another height and width they are
       interpolated (bilinear, corners on corners). Places in time for another number of frames: the nearest of a
-      `timesformer`, linearly interpolated of `vivit_2`.
+      `timesformer`, of `vivit_2` linearly interpolated, ends on ends.
     - `timesformer` from images: attention over time and its norm are copies of those over space, its last linear layer
       keeps its start, zero. `vivit_3`: attention over time is a copy, or keeps its start
       (`config.temporal_init`); its norm keeps it. `vivit_2`: all over time keeps its start.
@@ -135,21 +142,26 @@ def _without_divided(state: State, config: ViTConfig, depth: int) -> tuple[State
         if ".temporal_fc." in key:
             continue
         if match := re.fullmatch(r"(.*)\.temporal_attn\.proj\.(weight|bias)", key):
-            last = state[f"{match[1]}.temporal_fc.weight"]
-            if last.shape[-1:] != value.shape[:1]:
-                raise WeightsError(
-                    f"{key} is {tuple(value.shape)}, and {match[1]}.temporal_fc.weight {tuple(last.shape)}"
-                )
-            value = last @ value + (state[f"{match[1]}.temporal_fc.bias"] if match[2] == "bias" else 0)
+            width = value.shape[0] if value.ndim else 0
+            for name, shape in (("weight", (width, width)), ("bias", (width,))):
+                if (last := state.get(f"{match[1]}.temporal_fc.{name}")) is None or last.shape != shape:
+                    raise WeightsError(
+                        f"{key} is {tuple(value.shape)}, and {match[1]}.temporal_fc.{name} "
+                        f"{'absent' if last is None else tuple(last.shape)}"
+                    )
+            value = state[f"{match[1]}.temporal_fc.weight"] @ value
+            if match[2] == "bias":
+                value = value + state[f"{match[1]}.temporal_fc.bias"]
         out[key] = value
     return out, unused
 
 
 def _times(times: Tensor, depth: int, mode: str = "nearest") -> Tensor:
-    """(1, d, C) -> (1, depth, C): the nearest each, or between its neighbours (`linear`)."""
+    """(1, d, C) -> (1, depth, C): the nearest each, or between its neighbours, ends on ends (`linear`)."""
     if times.shape[1] == depth:
         return times
-    return F.interpolate(times.transpose(1, 2), size=depth, mode=mode).transpose(1, 2)
+    corners = True if mode == "linear" else None
+    return F.interpolate(times.transpose(1, 2), size=depth, mode=mode, align_corners=corners).transpose(1, 2)
 
 
 def inflated(weight: Tensor, config: ViTConfig) -> Tensor:

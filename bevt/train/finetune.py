@@ -229,6 +229,16 @@ def _start(model: Classifier, source: names.Source, config: FinetuneConfig, *, h
     if isinstance(model, VideoSwinClassifier):
         own = cast(ModelConfig, config.model)
         norm = head or own.quirks == "official" or not source.masked
+        changed = [
+            key
+            for key, value in model.state_dict().items()
+            if head and (key not in source.state or source.state[key].shape != value.shape)
+        ]
+        if changed and "head.weight" in source.state:
+            raise weights.WeightsError(
+                f"{source.what}: absent or of another shape: {names.briefly(changed)}; to be tested, --size and "
+                "model.window_size must be those that it was trained with, and clips or images what it was trained on"
+            )
         return weights.start(model, source, own.window_size, config.stream, norm=norm, head=head)
     return vit_weights.start(model, source, head=head)
 

@@ -544,6 +544,28 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     return begun
 
 
+@pytest.mark.parametrize("part", PARTS["cpu"], ids=lambda part: part.name)
+def test_a_part_that_is_named_has_the_time_it_needs(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the commands of the README's rows; in a whole run a long one is named."""
+    given: list[float] = []
+    monkeypatch.setattr(suite, "measure", lambda *words: given.append(words[3]) or 0)
+    suite.main(["cpu", "--again", "--part", part.name])
+    suite.main(["cpu", "--again", "--part", part.name, "--time-limit", "5"])
+    assert given[0] >= max(suite.SECONDS["cpu"], registry.TESTS["cpu"] + part.seconds)
+    assert given[1] == 5
+
+
+def test_a_part_longer_than_a_run_is_named(
+    parts: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(PARTS, "cpu", (Part("conv3x3", "dalle", 601),))
+    assert suite.main(["cpu"]) == 0
+    assert parts == []
+    said = capsys.readouterr().out
+    assert "not measured: it takes 601 s: name it with --part" in said
+    assert "begun again" not in said
+
+
 def test_a_failing_part_leaves_the_others(parts: list[list[str]], capsys: pytest.CaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert suite.main(["cpu"]) == 1

@@ -24,7 +24,7 @@ from loading import assert_same, take, with_data, with_train
 from bevt.config import Config, ConfigError
 from bevt.data import DataError, shapes
 from bevt.data.batch import BadFile, Batch
-from bevt.data.build import build_loader, eval_batches, frame_batches
+from bevt.data.build import _refused, build_loader, eval_batches, frame_batches
 from bevt.data.decoding import READERS, Masks, Plan, Processes
 from bevt.data.manifest import index
 from bevt.data.sampling import Request, Sampler, Stream
@@ -231,6 +231,14 @@ def test_held_out_data_is_never_replaced(damaged: Config, tmp_path: Path) -> Non
         list(eval_batches(with_train(damaged, eval_clips=0, eval_images=10)))
     with pytest.raises(DataError, match=listed):
         eval_batches(with_data(damaged, val_images=str(tmp_path / "images")))
+
+
+def test_unreadable_files_are_counted_once() -> None:
+    """Whatever failed in how many of their views."""
+    bad = [("a.mp4", "frame 12"), ("b.mp4", "no video"), ("a.mp4", "frame 90")]
+    said = _refused(bad, 3)
+    assert said.startswith("2 of 3 files cannot be read")
+    assert said.splitlines()[1:] == ["  a.mp4: frame 12", "  b.mp4: no video"]
 
 
 @pytest.mark.parametrize(("clips", "images"), [(True, True), (True, False), (False, True)])

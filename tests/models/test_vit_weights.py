@@ -89,14 +89,14 @@ def test_places_of_an_image_that_are_as_many_as_tokens(image: Source) -> None:
 
 
 def test_places_in_time_of_the_second_model() -> None:
-    """Linearly between their neighbours, the class token's kept."""
+    """Linearly between their neighbours, ends on ends as scipy's zoom has it; the class token's is kept."""
     torch.manual_seed(0)
     old = ViTClassifier(config("vivit_2"), 3, (2, 2, 3))
     state = {name: noise(p.shape, i) for i, (name, p) in enumerate(old.state_dict().items())}
     model = classifier("vivit_2")
     vit_weights.start(model, Source("two frames", state))
     token, first, last = state["encoder.temporal.pos_embed"][0]
-    expected = [token, first, 0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last, last]
+    expected = [token, first, first + (last - first) / 3, first + (last - first) * 2 / 3, last]
     torch.testing.assert_close(model.encoder.temporal.pos_embed[0], torch.stack(expected))
 
 
@@ -193,7 +193,9 @@ def test_what_is_tested_is_what_was_trained(of: ViTKind, wanted: ViTKind) -> Non
         assert set(report.unused) == {"encoder.cls_token", "head.weight", "head.bias"}
     else:
         assert set(report.unused) == left
-    with pytest.raises(WeightsError, match=r"to be tested, model\.kind, data\.frames and data\.crop must be those"):
+    with pytest.raises(
+        WeightsError, match=r"to be tested, --size and model\.kind, patch and tubelet, data\.frames and"
+    ):
         vit_weights.start(classifier(wanted), source, head=True)
 
 
@@ -208,6 +210,8 @@ def test_numbers_that_no_model_can_have() -> None:
     poisoned = {**state, "norm.bias": state["norm.bias"] / 0}
     with pytest.raises(WeightsError, match=r"not finite, of a run that has diverged, or damaged: norm\.bias"):
         weights.load(classifier("vivit_1"), poisoned)
+    with pytest.raises(WeightsError, match=r"norm\.bias$"):  # of another recipe it is not
+        vit_weights.start(classifier("vivit_1"), Source("weights", poisoned), head=True)
     with pytest.raises(WeightsError, match=r"of another type: norm\.bias torch\.int32"):
         weights.load(classifier("vivit_1"), {**state, "norm.bias": state["norm.bias"].int()})
 
@@ -218,13 +222,30 @@ def test_numbers_that_no_model_can_have() -> None:
         ("vivit.encoder.layer.0.attention.attention.query.weight", (16, 15), r"are of shapes \(16, 15\), \(16, 16\)"),
         ("classifier.weight", (), r"head\.weight \(\), which no such model has"),
         ("vivit.embeddings.position_embeddings", (25, 16), r"encoder\.pos_embed \(25, 16\), which no such model has"),
+        ("vivit.embeddings.position_embeddings", (1, 1, 16), r"encoder\.pos_embed \(1, 1, 16\), which"),
+        ("vivit.embeddings.patch_embeddings.projection.bias", (7,), r"patch_embed\.proj\.bias \(7,\), which no"),
+        ("vivit.embeddings.patch_embeddings.projection.bias", None, r"patch_embed\.proj\.bias absent, which no"),
+        ("vivit.embeddings.patch_embeddings.projection.weight", (16, 1, 8, 8), r"proj\.weight \(16, 1, 8, 8\), which"),
     ],
 )
-def test_shapes_that_no_model_can_have(name: str, shape: tuple[int, ...], message: str) -> None:
+def test_shapes_that_no_model_can_have(name: str, shape: tuple[int, ...] | None, message: str) -> None:
     published = vit_names.to_hugging_face(classifier("vivit_1").state_dict(), "vivit")
     assert name in published
     with pytest.raises(WeightsError, match=message):
-        vit_names.recognise({**published, name: torch.zeros(shape)})
+        vit_names.recognise({**published, name: torch.zeros(shape)} if shape is not None else _without(published, name))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("shape", [(7,), None])
+def test_a_last_layer_over_time_that_does_not_fit(name: str, shape: tuple[int, ...] | None) -> None:
+    state, key = dict(classifier("timesformer").state_dict()), f"encoder.blocks.0.temporal_fc.{name}"
+    state = {**state, key: torch.zeros(shape)} if shape else _without(state, key)
+    with pytest.raises(WeightsError, match=rf"temporal_fc\.{name} (\(7,\)|absent)"):
+        vit_weights.start(classifier("vivit_3", tubelet=1), Source("weights", state))
+
+
+def _without(state: State, name: str) -> State:
+    return {key: value for key, value in state.items() if key != name}
 
 
 def test_what_does_not_fit(image: Source) -> None:

@@ -302,7 +302,7 @@ def damage(path: Path, how: str) -> None:
     [
         ("absent", "no checkpoint at "),
         ("file", "is no checkpoint: it is a file and not a folder"),
-        ("old", r"is no checkpoint: it is a file and not a folder \(of files of weights `bevt test` and --init know\)"),
+        ("old", r"a file and not a folder\. .* BEVT's pretraining only with checkpoints"),
         ("no state", r"is no checkpoint, or was cut short: it has no file state\.json"),
         ("state cut", "cannot be read as a checkpoint: Unterminated string"),
         ("state list", "is no checkpoint of this project"),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from bevt.data.sampling import Sampler
 from bevt.evaluate.classification import ORDERS, classify, reordered
 from bevt.evaluate.predictions import Predictions
 from bevt.evaluate.scores import scores
+from bevt.models.names import WeightsError
 from bevt.train import checkpoint
 from bevt.train.distributed import World
-from bevt.train.finetune import build_classifier, finetune, restore
+from bevt.train.finetune import build_classifier, finetune, initialise, restore
 from bevt.train.memory import views_at_once
 
 CPU = torch.device("cpu")
@@ -293,6 +295,31 @@ def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFi
         cli.main(argv)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stream", "window", "message"),
+    [
+        (
+            "clips",
+            (4, 3, 3),
+            r"absent or of another shape: encoder\.layers\.0.*relative_position_bias_table.*; to be tested",
+        ),
+        ("images", (2, 3, 3), r"absent or of another shape: patch_embed\.proj\.weight.*; to be tested"),
+    ],
+)
+def test_a_file_of_weights_is_tested_as_it_is(
+    stream: str, window: tuple[int, int, int], message: str, exact: FinetuneConfig, tmp_path: Path
+) -> None:
+    """Tables are not resized, images are not inflated: with --init they are."""
+    made = changed(exact, model={"window_size": window})
+    trained = made if stream == "clips" else changed(made, train={"clips": 0, "images": 4})
+    torch.save(build_classifier(trained, 3, CPU).state_dict(), tmp_path / "w.pth")
+    tested = changed(exact, model={"window_size": (2, 3, 3)})
+    with pytest.raises(WeightsError, match=message):
+        restore(tmp_path / "w.pth", tested, CPU)
+    start = replace(tested, init=str(tmp_path / "w.pth"))
+    assert "tensors loaded" in initialise(build_classifier(start, 3, CPU), start)
 
 
 def test_labels_that_the_model_does_not_know(run: Path, lists: Path, tmp_path: Path) -> None:

@@ -465,10 +465,15 @@ def test_a_test_takes_a_checkpoint_as_it_is(
     """No size of somebody else's, no dump over an older one; pretraining names the recipe that goes on."""
     own = str(finished_systems["vivit_1"] / "checkpoints" / "last")
     (tmp_path / "out.parquet").touch()
+    (tmp_path / "views.reversed.parquet").touch()
     pretrained = str(finished_systems["videomae"] / "checkpoints" / "last")
     for words, message in (
         ([own, "--size", "base"], "--size is for a file of somebody's weights"),
         ([own, "--dump", str(tmp_path / "out.parquet")], "out.parquet exists: name another file, or remove it"),
+        (
+            [own, "--temporal", "--dump", str(tmp_path / "views.parquet")],
+            "views.reversed.parquet exists: name another file",
+        ),
         ([pretrained], f"bevt finetune videomae_k400 --init {pretrained}"),
     ):
         with pytest.raises(SystemExit) as ended:

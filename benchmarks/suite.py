@@ -126,7 +126,7 @@ def measure(device: str, parts: Sequence[Part], again: bool, seconds: float, out
         if red.intersection(_tests(part.op)):
             outcome = "not measured: its tests are red"
         elif part.seconds > seconds:
-            outcome = f"not measured: it takes {part.seconds:.0f} s: name it with --part"
+            outcome = f"not measured: it takes {part.seconds:.0f} s: name it with --part, or a longer --time-limit"
         elif left < pace * part.seconds:
             outcome = f"not measured: {OVER}"
         elif part.op in COMMANDS and not again and _has_rows(part.op):

@@ -68,7 +68,7 @@ def score(path: Path, config: FinetuneConfig, *, out: Path | None, dump: Path | 
         require_parquet()
         if dump.suffix != ".parquet":
             raise ConfigError(f"--dump {dump}: name a file that ends in .parquet")
-        _, *others = (ORDERS if temporal else config.head.names) or [""]
+        others = (ORDERS if temporal else config.head.names)[1:]
         for each in (dump, *(_beside(dump, name) for name in others)):
             if each.exists():
                 raise ConfigError(f"--dump {dump}: {each} exists: name another file, or remove it")

@@ -26,47 +26,31 @@ from bevt.models.vit import CLASS_TOKEN, Size3
 
 POSITIONS = "encoder.pos_embed"
 
-AS_TRAINED = (
-    "to be tested, --size and model.kind, patch and tubelet, data.frames and data.crop must be those that it was "
-    "trained with"
-)
-
 LATER = "encoder.temporal.pos_embed"
 """Places in time of ViViT's second model, a class token's first."""
 
 
-def start(model: ViTClassifier, source: Source, *, head: bool = False) -> weights.Report:
+def start(model: ViTClassifier, source: Source) -> weights.Report:
     """Start a classifier from `source` (`vit_names.recognise`).
 
     Where the source's kind of model normalises levels otherwise, its patch embedding is changed to read this model's.
-    The head keeps its initial values. With `head`, a model to be tested, all is the source's, as it is (of a `videomae`
-    positions are no weights, so that nothing tells whether its grid was another). Raises WeightsError, before anything
-    is written, where anything is absent or of another shape.
+    The head keeps its initial values. Raises WeightsError, before anything is written, where anything else is absent or
+    of another shape.
     """
     config, grid = model.encoder.config, model.encoder.grid
-    if head and "head.weight" not in source.state:
-        raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
-    state = dict(source.state)
-    missing: list[str] = []
-    unused: list[str] = []
     try:
-        if not head:  # what is made anew was never trained, and cannot be tested
-            state, missing, unused = fitted(state, config, grid)
-            missing += [r"head\..*"]
-            if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
-                missing += [r"norm\..*"]
-            left = [key for key in state if key.startswith("head.")]
-            unused = [*left, *unused]
-            state = {key: value for key, value in state.items() if key not in left}
+        state, missing, unused = fitted(source.state, config, grid)
+        missing += [r"head\..*"]
+        if "norm.weight" not in state and config.kind == "videomae":  # of pretraining, which a decoder read
+            missing += [r"norm\..*"]
+        left = [key for key in state if key.startswith("head.")]
+        state = {key: value for key, value in state.items() if key not in left}
         if source.pixels and source.pixels != config.pixels:
             state |= reading(config.pixels, state, source.pixels)
         report = weights.load(model, state, missing=missing)
     except WeightsError as error:
-        wrong = head and any(
-            name not in state or state[name].shape != value.shape for name, value in model.state_dict().items()
-        )
-        raise WeightsError(f"{source.what}: {error}{'; ' + AS_TRAINED if wrong else ''}") from error
-    return replace(report, unused=(*unused, *source.dropped))
+        raise WeightsError(f"{source.what}: {error}") from error
+    return replace(report, unused=(*left, *unused, *source.dropped))
 
 
 def fitted(state: Mapping[str, Tensor], config: ViTConfig, grid: Size3) -> tuple[State, list[str], list[str]]:

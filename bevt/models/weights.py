@@ -85,9 +85,15 @@ def _unpickled(path: Path) -> Any:
 
 
 def load(
-    model: nn.Module, state: Mapping[str, Tensor], *, missing: Sequence[str] = (), unused: Sequence[str] = ()
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    missing: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    advice: str = "",
 ) -> Report:
-    """Copy `state` into `model`. `missing` and `unused` are regular expressions (full match) for expected leftovers.
+    """Copy `state` into `model`. `missing` and `unused` are regular expressions (full match) for expected leftovers,
+    `advice` is for whoever has given weights of another model.
 
     Raises WeightsError, before anything is written, for any other missing or unused key, for every other shape, and for
     numbers that are not finite.
@@ -108,13 +114,35 @@ def load(
     if bad := [f"{k} {state[k].dtype}" for k in shared if state[k].is_floating_point() != own[k].is_floating_point()]:
         problems.append(f"of another type: {briefly(bad)}")
     if problems:
-        raise WeightsError(f"these weights are not of this {type(model).__name__}; " + "; ".join(problems))
+        told = "; ".join([*problems, advice] if advice else problems)
+        raise WeightsError(f"these weights are not of this {type(model).__name__}; {told}")
     if bad := [k for k in shared if not state[k].isfinite().all()]:
         raise WeightsError(f"these weights are not finite, of a run that has diverged, or damaged: {briefly(bad)}")
     with torch.no_grad():
         for key in shared:
             own[key].copy_(state[key])
     return Report(tuple(shared), tuple(absent), tuple(extra))
+
+
+AS_TRAINED = (
+    "to be tested, --size and model.kind, patch and tubelet, data.frames and data.crop must be those that it was "
+    "trained with, of a Swin model.window_size and whether it sees clips or images"
+)
+
+
+def take(model: nn.Module, source: Source) -> Report:
+    """Give a classifier that is to be tested all of `source`, head included, as it is: what a start would make anew or
+    convert was never trained.
+
+    Of VideoMAE positions are no weights, so that nothing tells whether its grid was another. Raises WeightsError,
+    before anything is written, where anything is absent or of another shape.
+    """
+    if "head.weight" not in source.state:
+        raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
+    try:  # of both patch embeddings of a Swin, only its stream's is used
+        return load(model, source.state, unused=[r"patch_embed(_2d)?\..*"], advice=AS_TRAINED)
+    except WeightsError as error:
+        raise WeightsError(f"{source.what}: {error}") from error
 
 
 def start(
@@ -124,18 +152,15 @@ def start(
     stream: Literal["clips", "images"],
     *,
     norm: bool,
-    head: bool = False,
 ) -> Report:
     """Start a classifier (`VideoSwinClassifier`, or one with its names) from `source`; arguments: `for_classifier`.
 
-    The head keeps its initial values, but for `head` (a model to be tested), where it is the source's. Raises
-    WeightsError, before anything is written, where that or anything else is absent or of another shape.
+    The head keeps its initial values. Raises WeightsError, before anything is written, where anything else is absent or
+    of another shape.
     """
-    if head and "head.weight" not in source.state:
-        raise WeightsError(f"{source.what} has no classes to be tested on: finetune it first")
     fit = for_classifier(source, window, stream, norm=norm)
-    left = [] if head else [k for k in fit.state if k.startswith("head.")]
-    missing = ([] if head else [r"head\..*"]) + ([r"norm\..*"] if source.masked and not norm else [])
+    left = [k for k in fit.state if k.startswith("head.")]
+    missing = [r"head\..*"] + ([r"norm\..*"] if source.masked and not norm else [])
     try:
         report = load(model, {k: v for k, v in fit.state.items() if k not in left}, missing=missing)
     except WeightsError as error:

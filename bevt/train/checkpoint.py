@@ -293,24 +293,24 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+OF_FILES = (
+    "With files of weights `bevt finetune`, `bevt test` and VideoMAE's pretraining can begin, BEVT's pretraining only "
+    "with checkpoints"
+)
+
+
 def _open(path: Path, *, whole: bool = False) -> tuple[dict[str, Any], Metadata]:
     """Plain state and metadata of a checkpoint whose files are all there and long enough; `whole`: as written."""
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is no checkpoint: it is a file and not a folder. With files of weights `bevt finetune`, "
-            "`bevt test` and VideoMAE's pretraining can begin, BEVT's pretraining only with checkpoints"
-        )
+        raise CheckpointError(f"{path} is no checkpoint: it is a file and not a folder. {OF_FILES}")
     for name in (STATE, METADATA):
         if not (path / name).is_file():
             last = path / "checkpoints" / "last"
             hint = f"; {last} is one" if last.exists() else ""
             if (path / "model.safetensors").exists():
-                hint = (
-                    f"; {path / 'model.safetensors'} is a file of weights, with which `bevt finetune`, `bevt test` and "
-                    "VideoMAE's pretraining can begin, BEVT's only with checkpoints"
-                )
+                hint = f"; {path / 'model.safetensors'} is a file of weights. {OF_FILES}"
             raise CheckpointError(f"{path} is no checkpoint, or was cut short: it has no file {name}{hint}")
     try:
         state = json.loads((path / STATE).read_text())

@@ -224,23 +224,12 @@ def initialise(model: Classifier, config: FinetuneConfig) -> str:
         raise weights.WeightsError(f"{path}: {error}") from error
 
 
-def _start(model: Classifier, source: names.Source, config: FinetuneConfig, *, head: bool = False) -> weights.Report:
-    """Weights into a model, with its head where it is to be tested."""
+def _start(model: Classifier, source: names.Source, config: FinetuneConfig) -> weights.Report:
     if isinstance(model, VideoSwinClassifier):
         own = cast(ModelConfig, config.model)
-        norm = head or own.quirks == "official" or not source.masked
-        changed = [
-            key
-            for key, value in model.state_dict().items()
-            if head and (key not in source.state or source.state[key].shape != value.shape)
-        ]
-        if changed and "head.weight" in source.state:
-            raise weights.WeightsError(
-                f"{source.what}: absent or of another shape: {names.briefly(changed)}; to be tested, --size and "
-                "model.window_size must be those that it was trained with, and clips or images what it was trained on"
-            )
-        return weights.start(model, source, own.window_size, config.stream, norm=norm, head=head)
-    return vit_weights.start(model, source, head=head)
+        norm = own.quirks == "official" or not source.masked
+        return weights.start(model, source, own.window_size, config.stream, norm=norm)
+    return vit_weights.start(model, source)
 
 
 def read_weights(path: Path, model: AnyModel) -> names.Source:
@@ -277,7 +266,7 @@ def restore(path: Path, config: FinetuneConfig, device: torch.device) -> tuple[n
             )
         model = build_classifier(config, count, device)
         try:
-            _start(cast(Classifier, model), source, config, head=True)
+            weights.take(model, source)
         except weights.WeightsError as error:
             raise weights.WeightsError(f"{path}: {error}") from error
         return model, classes

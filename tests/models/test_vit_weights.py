@@ -106,7 +106,9 @@ def test_equal_places_are_taken_as_they_are() -> None:
     old = ViTClassifier(config("vivit_1"), 3, (4, 2, 2))  # 16 tokens
     new = ViTClassifier(config("vivit_1"), 3, (4, 2, 2))
     state = {name: noise(p.shape, i) for i, (name, p) in enumerate(old.state_dict().items())}
-    vit_weights.start(new, Source("itself", state), head=True)
+    vit_weights.start(new, Source("itself", state))
+    assert all(torch.equal(value, state[name]) for name, value in new.state_dict().items() if name[:5] != "head.")
+    weights.take(new, Source("itself", state))
     assert all(torch.equal(value, state[name]) for name, value in new.state_dict().items())
 
 
@@ -196,13 +198,13 @@ def test_what_is_tested_is_what_was_trained(of: ViTKind, wanted: ViTKind) -> Non
     with pytest.raises(
         WeightsError, match=r"to be tested, --size and model\.kind, patch and tubelet, data\.frames and"
     ):
-        vit_weights.start(classifier(wanted), source, head=True)
+        weights.take(classifier(wanted), source)
 
 
 def test_other_times_are_not_tested() -> None:
     longer = ViTClassifier(config("timesformer"), 3, (8, 2, 3))
     with pytest.raises(WeightsError, match=r"encoder\.time_embed \(1, 8, 16\) for \(1, 4, 16\)"):
-        vit_weights.start(classifier("timesformer"), Source("weights", dict(longer.state_dict())), head=True)
+        weights.take(classifier("timesformer"), Source("weights", dict(longer.state_dict())))
 
 
 def test_numbers_that_no_model_can_have() -> None:
@@ -211,7 +213,7 @@ def test_numbers_that_no_model_can_have() -> None:
     with pytest.raises(WeightsError, match=r"not finite, of a run that has diverged, or damaged: norm\.bias"):
         weights.load(classifier("vivit_1"), poisoned)
     with pytest.raises(WeightsError, match=r"norm\.bias$"):  # of another recipe it is not
-        vit_weights.start(classifier("vivit_1"), Source("weights", poisoned), head=True)
+        weights.take(classifier("vivit_1"), Source("weights", poisoned))
     with pytest.raises(WeightsError, match=r"of another type: norm\.bias torch\.int32"):
         weights.load(classifier("vivit_1"), {**state, "norm.bias": state["norm.bias"].int()})
 
@@ -263,9 +265,9 @@ def test_what_does_not_fit(image: Source) -> None:
         vit_weights.start(model, Source("an image model", without))
     for kind in ("vivit_2", "vivit_3", "timesformer"):
         with pytest.raises(WeightsError, match=r"missing: .*tempor"):  # nothing over time was trained
-            vit_weights.start(classifier(kind), image, head=True)  # type: ignore[arg-type]
+            weights.take(classifier(kind), image)  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="has no classes to be tested on"):
-        vit_weights.start(model, Source("x", {}), head=True)
+        weights.take(model, Source("x", {}))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was written"
 
 

@@ -70,7 +70,7 @@ def test_resized_tables_keep_a_linear_function_of_time() -> None:
 def test_image_classifier_gives_the_logits_of_torchvisions_swin(swin: nn.Module) -> None:
     ours = ImageClassifier(SWIN_T, 1000)
     source = names.recognise(swin.state_dict())
-    report = weights.start(ours, source, (1, 7, 7), "images", norm=True, head=True)
+    report = weights.take(ours, source)
     assert report.missing == ()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_image_classifier_gives_the_logits_of_torchvisions_swin(swin: nn.Module)
 def test_an_inflated_swin_sees_a_still_clip_as_the_image(swin: nn.Module, window: tuple[int, int, int]) -> None:
     """Keys that differ by time alone are equal, and so are their biases: attention to them sums to the image's."""
     ours = VideoSwinClassifier(replace(SWIN_T, window_size=window), 1000).eval()
-    weights.start(ours, names.recognise(swin.state_dict()), window, "clips", norm=False, head=True)
+    weights.load(ours, weights.for_classifier(names.recognise(swin.state_dict()), window, "clips", norm=False).state)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         _close(ours(images.unsqueeze(2).repeat(1, 1, 8, 1, 1)), swin(images))
@@ -115,7 +115,9 @@ def test_images_see_a_video_classifier_as_a_still_clip_of_one_token() -> None:
     """Two equal frames are one token of depth, whose window clips to zero distance in time."""
     video = scrambled(VideoSwinClassifier(TINY, 5))
     ours = ImageClassifier(TINY, 5)
-    weights.start(ours, names.recognise(video.state_dict()), (1, 3, 3), "images", norm=True, head=True)
+    weights.load(
+        ours, weights.for_classifier(names.recognise(video.state_dict()), (1, 3, 3), "images", norm=True).state
+    )
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         _close(ours(images), video(images.unsqueeze(2).repeat(1, 1, 2, 1, 1)))
@@ -149,7 +151,7 @@ def test_a_head_stays_as_it_was_unless_asked_for(swin3d: nn.Module) -> None:
     report = weights.start(ours, source, (8, 7, 7), "clips", norm=False)
     assert torch.equal(ours.head.weight, before)
     assert (report.missing, report.unused[:2]) == (("head.weight", "head.bias"),) * 2
-    weights.start(ours, source, (8, 7, 7), "clips", norm=False, head=True)
+    weights.take(ours, source)
     assert torch.equal(ours.head.weight, swin3d.head.weight)
 
 
@@ -166,12 +168,17 @@ def test_starts_that_do_not_fit_are_refused(swin3d: nn.Module) -> None:
     source = names.recognise(swin3d.state_dict())
     eleven = VideoSwinClassifier(SEVEN, 11)
 
-    def refused(message: str, model: nn.Module, source: Source, *, head: bool = False) -> None:
+    def start(model: nn.Module, source: Source) -> weights.Report:
+        return weights.start(model, source, (8, 7, 7), "clips", norm=False)
+
+    def refused(message: str, model: nn.Module, source: Source, load: Any = start) -> None:
         with pytest.raises(WeightsError, match=message):
-            weights.start(model, source, (8, 7, 7), "clips", norm=False, head=head)
+            load(model, source)
 
     refused(r"swin: .*missing: norm\.bias", eleven, _without(source, "norm.bias"))
     refused(r"missing: patch_embed\.norm\.bias", eleven, _without(source, "patch_embed.norm.bias"))
-    refused(r"another shape: head\.weight \(11, 128\) for \(5, 128\)", VideoSwinClassifier(SEVEN, 5), source, head=True)
+    refused(
+        r"another shape: head\.weight \(11, 128\) for \(5, 128\)", VideoSwinClassifier(SEVEN, 5), source, weights.take
+    )
     refused(r"left over: encoder\.layers\.2", VideoSwinClassifier(replace(SEVEN, depths=(2, 2, 1, 2)), 11), source)
-    refused(r"no classes to be tested on: finetune", eleven, _without(source, "head.weight"), head=True)
+    refused(r"no classes to be tested on: finetune", eleven, _without(source, "head.weight"), weights.take)
